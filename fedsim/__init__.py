@@ -1,0 +1,1 @@
+"""fedsim: federated fine-tuning with real learning on simulated devices."""

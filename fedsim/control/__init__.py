@@ -1,0 +1,1 @@
+"""Policies that pick pruning ratio and LoRA rank, vectorised over clients, and the reward."""

@@ -1,0 +1,1 @@
+"""Device-independent work, device profiles, and the seconds and joules that follow."""

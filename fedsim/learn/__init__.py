@@ -1,0 +1,1 @@
+"""Real learning: LoRA, structured pruning, importance, aggregation, evaluation."""

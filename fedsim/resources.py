@@ -1,0 +1,21 @@
+"""Where the files that travel with the package are: from a wheel, or from a source checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def resource_folder(name: str) -> Path:
+    """Folder of packaged data called `name` (``device_profiles``, ``experiments``).
+
+    A wheel carries these folders inside the package; a source checkout keeps them beside it.
+    """
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+def asset_folder(name: str) -> Path:
+    """Folder ``fedsim/assets/<name>``."""
+    return _PACKAGE / "assets" / name

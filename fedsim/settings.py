@@ -1,0 +1,207 @@
+"""The settings of a run: one frozen record per section of the configuration file.
+
+These records are the contract of the configuration: names, types, ranges and defaults stand here and nowhere else.
+Reading YAML, applying overrides and method defaults, and checks across sections are in `fedsim.experiment.config`.
+Symbols of the paper (FedSpine, arXiv 2501.02438): tau is ``train.local_steps``, lambda ``control.discount``,
+s ``control.exploration``, delta ``control.split``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and strict about keys and types (an integer may stand for a float)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RecordSettings(Section):
+    """What is written beside ``rounds.parquet``."""
+
+    events: bool = True
+    client_rounds: bool = True
+
+
+class ModelSettings(Section):
+    """The learner's model and its LoRA.
+
+    ``name`` is ``tiny`` (built in), a local folder, a hub name, or, for timing only, a built-in shape.
+    """
+
+    name: str = "tiny"
+    pooling: Literal["native", "mean"] = "native"
+    lora_targets: Literal["all"] | list[str] = "all"
+    lora_rank: Positive = 8
+    lora_rank_max: Positive = 32
+    lora_alpha_over_rank: PositiveFloat = 2.0
+
+
+class DataSettings(Section):
+    """Where the labelled text comes from and how it is split over clients.
+
+    Columns (``text``, ``pair``, ``label``, ``test_text``) go by name, or by 0-based index where ``header: false``.
+    Without ``test_path`` a seeded fifth of the rows is held out.
+    """
+
+    name: str | None = None
+    path: str | None = None
+    test_path: str | None = None
+    header: bool = True
+    quoting: Literal["minimal", "none"] = "minimal"
+    text: str | int = "text"
+    pair: str | int | None = None
+    label: str | int = "label"
+    test_text: str | int | None = None
+    task: Literal["classification", "causal_lm"] = "classification"
+    partition: Literal["iid", "dirichlet", "field"] = "dirichlet"
+    alpha: PositiveFloat = 10.0
+    field: str | int | None = None
+    max_samples: Positive | None = None
+
+
+class FleetSettings(Section):
+    """The simulated devices. ``name`` is a built-in fleet or a YAML file; ``mode_period`` 0 never re-draws modes."""
+
+    name: str = "fedspine-80"
+    clients: Positive | None = None
+    mode_period: NonNegative | None = None
+
+
+class ServerSettings(Section):
+    """The round protocol. ``over_selection`` dispatches that share more clients than a round waits for."""
+
+    mode: Literal["sync"] = "sync"
+    rounds: Positive = 100
+    clients_per_round: Positive | Literal["all"] = "all"
+    over_selection: NonNegativeFloat = 0.0
+    deadline_s: PositiveFloat | None = None
+    target_accuracy: Fraction | None = None
+    time_budget_s: PositiveFloat | None = None
+    checkpoint_every: Positive = 1
+
+
+class TrainSettings(Section):
+    """Local training. AdamW starts afresh each round; dropout is 0.
+
+    ``local_steps`` is the paper's tau. ``recovery_steps`` (null: a quarter of tau) run after pruning, taken from tau.
+    """
+
+    local_steps: Positive = 20
+    recovery_steps: NonNegative | None = None
+    batch_size: Positive = 8
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["linear", "constant"] = "linear"
+    max_length: Positive = 64
+    engine: Literal["auto", "reference", "none"] = "auto"
+    precision: Literal["fp32"] = "fp32"
+    torch_device: str = "auto"
+    threads: Positive = 1
+
+
+class PruneSettings(Section):
+    """Structured pruning: target, schedule and criterion. Rounds left null take a share of ``server.rounds``."""
+
+    target: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    target_scope: Literal["fleet_mean", "every_device"] = "every_device"
+    max_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.8
+    structure: Literal["device", "common"] = "device"
+    reversible: bool = False
+    criterion: str = "lora_guided"
+    selection: Literal["layer_local", "global"] = "layer_local"
+    importance_every: Positive = 1
+    warmup_rounds: NonNegative | None = None
+    end_round: Positive | None = None
+    max_step: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+
+
+class AggregateSettings(Section):
+    """How the server merges updates."""
+
+    rule: str = "lowrank"
+    importance_weight: NonNegativeFloat = 0.0
+
+
+class ControlSettings(Section):
+    """The controller that picks pruning ratio and LoRA rank (S-UCB's lambda, s and delta among its keys)."""
+
+    policy: str = "uniform"
+    arms: Literal["offset", "absolute"] = "offset"
+    smooth: bool = True
+    discount: Annotated[float, Field(gt=0.0, le=1.0)] = 0.98
+    exploration: NonNegativeFloat = 0.2
+    split: Annotated[float, Field(gt=0.0, le=1.0)] = 0.25
+    cut: Literal["middle", "played"] = "middle"
+
+
+class RewardSettings(Section):
+    """The bandit's reward: weights of (loss reduction, pruning progress, importance); kappa is ``time_penalty``."""
+
+    kind: Literal["product", "fedmp"] = "product"
+    weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(default=(1.0, 0.25, 0.25), strict=False)
+    time_penalty: NonNegativeFloat = 2.0
+    time_share: Fraction = 0.0
+
+
+class EvaluateSettings(Section):
+    """When and on whom the global model is tested. ``panel`` counts the devices of the fixed panel."""
+
+    every_rounds: Positive = 5
+    panel: Positive = 8
+    max_samples: Positive | None = None
+
+
+class CostSettings(Section):
+    """The clock's workload: a setting of its own, by default (null) the learner's."""
+
+    model: str | None = None
+    batch_size: Positive | None = None
+    seq_len: Positive | None = None
+    precision: Literal["fp32", "fp16"] = "fp32"
+    backend: Literal["analytic"] = "analytic"
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: NonNegative = 0
+    method: str = "fedspine"
+    records: RecordSettings = RecordSettings()
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    fleet: FleetSettings = FleetSettings()
+    server: ServerSettings = ServerSettings()
+    train: TrainSettings = TrainSettings()
+    prune: PruneSettings = PruneSettings()
+    aggregate: AggregateSettings = AggregateSettings()
+    control: ControlSettings = ControlSettings()
+    reward: RewardSettings = RewardSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+    cost: CostSettings = CostSettings()
+
+    @property
+    def local_recovery_steps(self) -> int:
+        """Recovery steps of a round that prunes: as asked, else a quarter of tau (rounded down)."""
+        asked = self.train.recovery_steps
+        return self.train.local_steps // 4 if asked is None else asked
+
+    @property
+    def prune_warmup_rounds(self) -> int:
+        """Rounds before the first cut: as asked, else a quarter of all rounds."""
+        asked = self.prune.warmup_rounds
+        return self.server.rounds // 4 if asked is None else asked
+
+    @property
+    def prune_end_round(self) -> int:
+        """The round (exclusive) by which the schedule reaches its target: as asked, else three quarters of all rounds."""
+        asked = self.prune.end_round
+        return max(self.prune_warmup_rounds + 1, 3 * self.server.rounds // 4) if asked is None else asked

@@ -1,0 +1,1 @@
+"""The discrete-event simulation: server and client processes, links, fleet, trace."""
