@@ -1,0 +1,109 @@
+"""The prunable Linear layers of each architecture: their names, and which rows and columns a structure keeps.
+
+No tensor library here: names and index arrays only. Names are module paths inside the base encoder or decoder of the
+Hugging Face model (``BertModel``, ``RobertaModel``, ``LlamaModel``), whole paths, never patterns: the suffix
+``output.dense`` would also match ``attention.output.dense``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.structure import ModelShape, Structure
+
+
+class Role(StrEnum):
+    """What a prunable Linear does in its block."""
+
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    ATTENTION_OUT = "attention_out"
+    GATE = "gate"
+    UP = "up"
+    DOWN = "down"
+
+
+@dataclass(frozen=True)
+class PrunableLinear:
+    """One Linear layer ``(d_out, d_in)`` whose rows or columns belong to prunable groups."""
+
+    name: str
+    layer: int
+    role: Role
+    d_out: int
+    d_in: int
+
+
+_ENCODER_PATHS = {
+    Role.QUERY: "encoder.layer.{}.attention.self.query",
+    Role.KEY: "encoder.layer.{}.attention.self.key",
+    Role.VALUE: "encoder.layer.{}.attention.self.value",
+    Role.ATTENTION_OUT: "encoder.layer.{}.attention.output.dense",
+    Role.UP: "encoder.layer.{}.intermediate.dense",
+    Role.DOWN: "encoder.layer.{}.output.dense",
+}
+_LLAMA_PATHS = {
+    Role.QUERY: "layers.{}.self_attn.q_proj",
+    Role.KEY: "layers.{}.self_attn.k_proj",
+    Role.VALUE: "layers.{}.self_attn.v_proj",
+    Role.ATTENTION_OUT: "layers.{}.self_attn.o_proj",
+    Role.GATE: "layers.{}.mlp.gate_proj",
+    Role.UP: "layers.{}.mlp.up_proj",
+    Role.DOWN: "layers.{}.mlp.down_proj",
+}
+
+
+def prunable_linears(shape: ModelShape) -> tuple[PrunableLinear, ...]:
+    """All prunable Linear layers of a model, in block order."""
+    paths = _LLAMA_PATHS if shape.architecture == "llama" else _ENCODER_PATHS
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        Role.QUERY: (queries, shape.hidden),
+        Role.KEY: (keys, shape.hidden),
+        Role.VALUE: (keys, shape.hidden),
+        Role.ATTENTION_OUT: (shape.hidden, queries),
+        Role.GATE: (shape.ffn, shape.hidden),
+        Role.UP: (shape.ffn, shape.hidden),
+        Role.DOWN: (shape.hidden, shape.ffn),
+    }
+    return tuple(
+        PrunableLinear(path.format(layer), layer, role, *sizes[role])
+        for layer in range(shape.layers)
+        for role, path in paths.items()
+    )
+
+
+def group_width(linear: PrunableLinear, shape: ModelShape) -> int:
+    """Adjacent rows (or columns) of `linear` that belong to one group: head_dim times heads of the group, or 1."""
+    if linear.role in (Role.KEY, Role.VALUE):
+        return shape.head_dim
+    if linear.role in (Role.QUERY, Role.ATTENTION_OUT):
+        return shape.head_dim * (shape.heads // shape.kv_heads)
+    return 1
+
+
+def _kept_features(linear: PrunableLinear, structure: Structure, shape: ModelShape) -> NDArray[np.int64] | None:
+    is_head = linear.role in (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
+    mask = (structure.head_mask if is_head else structure.channel_mask)[linear.layer]
+    if mask.all():
+        return None
+    return np.flatnonzero(np.repeat(mask, group_width(linear, shape)))
+
+
+def kept_rows(linear: PrunableLinear, structure: Structure, shape: ModelShape) -> NDArray[np.int64] | None:
+    """Indices of the output features that `structure` keeps; None when all stay."""
+    if linear.role in (Role.ATTENTION_OUT, Role.DOWN):
+        return None
+    return _kept_features(linear, structure, shape)
+
+
+def kept_columns(linear: PrunableLinear, structure: Structure, shape: ModelShape) -> NDArray[np.int64] | None:
+    """Indices of the input features that `structure` keeps; None when all stay."""
+    if linear.role not in (Role.ATTENTION_OUT, Role.DOWN):
+        return None
+    return _kept_features(linear, structure, shape)
