@@ -1,1 +1,33 @@
-"""fedsim: federated fine-tuning with real learning on simulated devices."""
+"""fedsim: federated fine-tuning with real learning on simulated devices.
+
+``fedsim.run(config, **overrides)``, ``fedsim.load(directory)`` and ``fedsim.register_method(name, method)`` are the
+Python interface. Importing the package loads none of the heavy libraries; the first call does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsim.experiment.results import Run, load
+    from fedsim.experiment.run import run
+    from fedsim.methods.base import Method
+    from fedsim.methods.catalogue import register_method
+
+__all__ = ["Method", "Run", "load", "register_method", "run"]
+
+_HOMES = {
+    "run": "fedsim.experiment.run",
+    "load": "fedsim.experiment.results",
+    "Run": "fedsim.experiment.results",
+    "Method": "fedsim.methods.base",
+    "register_method": "fedsim.methods.catalogue",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedsim' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -18,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+KeptCounts = tuple[IntArray, IntArray]
 State = Mapping[str, np.ndarray]
 """What a part writes into a checkpoint: named arrays, no objects."""
 
@@ -236,6 +238,8 @@ class LocalResult:
         loss_before, loss_after: on the client's fixed probe batch, before and after the job.
         lora_importance: mean of |B * grad B| over the client's LoRA.
         outcome: ``ok`` or ``non_finite``.
+        kept_before, kept_after: kept head groups and channels per layer (two integer arrays of shape (layers,)) at the
+            job's start and end: what the job really cost where layers lose unequal shares (``global`` selection).
         payload: the learner's own record of the update; opaque here.
     """
 
@@ -245,6 +249,8 @@ class LocalResult:
     loss_after: float
     lora_importance: float
     outcome: Outcome
+    kept_before: KeptCounts
+    kept_after: KeptCounts
     payload: object
 
 
@@ -280,6 +286,9 @@ class Learner(Protocol):
 
     def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation | None:
         """Test the global model restricted to each panel client's structure; None where nothing can be tested."""
+
+    def export(self, folder: Path) -> None:
+        """Write the global adapter as a PEFT folder; nothing where there is none."""
 
     def state(self) -> State:
         """Arrays for the checkpoint."""

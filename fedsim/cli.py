@@ -1,0 +1,167 @@
+"""The command line. Parsing loads nothing heavy; each command imports what it needs.
+
+Exit codes: 0 done, 2 something the user can mend (one sentence on standard error), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import FedsimError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``fedsim`` command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.action(arguments) or 0)
+    except FedsimError as error:
+        print(f"fedsim: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fedsim: interrupted; an unfinished run goes on with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (head, say) has gone; there is nobody left to tell.
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedsim",
+        description="Federated fine-tuning with real learning on simulated devices.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run one experiment", description="Run one experiment.")
+    run.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a preset such as quickstart")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, such as train.local_steps=10")
+    run.add_argument("--out", metavar="DIR", type=Path, help="run directory (default: runs/CONFIG-METHOD-seedN)")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    again.add_argument("--force", action="store_true", help="overwrite an existing run")
+    run.add_argument(
+        "--profile-error",
+        metavar="N",
+        type=int,
+        help="repeat the run over N draws of the device profiles from their error bands, in DIR/draw-000 and so on",
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress")
+    run.set_defaults(action=_run)
+
+    compare = commands.add_parser("compare", help="table and figures of finished runs")
+    compare.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="runs, or folders of runs")
+    compare.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
+    compare.add_argument("--baseline", metavar="METHOD", help="method that speedups are measured against")
+    compare.add_argument("--out", metavar="DIR", type=Path, help="folder for figures and their CSV (default: none drawn)")
+    compare.add_argument("--round", metavar="N", type=int, help="round of the timeline (default: the middle one)")
+    compare.add_argument("--json", action="store_true", help="machine-readable output")
+    compare.set_defaults(action=_compare)
+
+    devices = commands.add_parser("devices", help="device profiles: every number with its status and source")
+    devices.add_argument("name", nargs="?", metavar="NAME", help="device name or profile file (default: a list)")
+    devices.add_argument("--json", action="store_true", help="machine-readable output")
+    devices.set_defaults(action=_devices)
+
+    estimate = commands.add_parser("estimate", help="seconds, joules and memory of one local step on a device")
+    which = estimate.add_mutually_exclusive_group(required=True)
+    which.add_argument("--device", metavar="NAME", help="device name, such as jetson-tx2")
+    which.add_argument("--profile", metavar="FILE.yaml", help="a profile of your own")
+    estimate.add_argument("--mode", help="power mode (default: the fastest)")
+    estimate.add_argument("--model", required=True, help="built-in shape, local folder or hub name")
+    estimate.add_argument("--batch-size", type=int, required=True, help="samples per step")
+    estimate.add_argument("--seq-len", type=int, required=True, help="tokens per sample")
+    tuning = estimate.add_mutually_exclusive_group()
+    tuning.add_argument("--lora-rank", type=int, metavar="R", help="LoRA on every prunable Linear (default: 8)")
+    tuning.add_argument("--full", action="store_true", help="full tuning")
+    tuning.add_argument("--inference", action="store_true", help="forward pass only")
+    estimate.add_argument("--train-top-layers", type=int, metavar="K", help="train the top K layers only")
+    estimate.add_argument("--prune-ratio", type=float, default=0.0, metavar="P", help="pruning ratio (default: 0)")
+    estimate.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="arithmetic (default: fp32)")
+    estimate.add_argument("--json", action="store_true", help="machine-readable output")
+    estimate.set_defaults(action=_estimate)
+    return parser
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return f"fedsim {metadata.version('fedspine-sim')}"
+    except metadata.PackageNotFoundError:
+        return "fedsim (not installed)"
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from fedsim.errors import ConfigError
+    from fedsim.experiment.config import parse_overrides
+
+    overrides = parse_overrides(arguments.overrides)
+    draws = arguments.profile_error
+    if draws is not None and draws < 1:
+        raise ConfigError(f"--profile-error: value {draws} is not allowed (at least 1)")
+    print("fedsim: reading the configuration", file=sys.stderr, flush=True)
+    from fedsim.experiment.run import default_directory, run
+
+    out = arguments.out or default_directory(arguments.config, overrides)
+    options: dict[str, Any] = {"resume": arguments.resume, "force": arguments.force, "quiet": arguments.quiet}
+    if draws is None:
+        result = run(arguments.config, out=out, **options, **overrides)
+        print(result.summary())
+        return
+    for draw in range(draws):
+        result = run(arguments.config, out=out / f"draw-{draw:03d}", profile_draw=draw, **options, **overrides)
+        print(result.summary())
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from fedsim.experiment.compare import compare
+    from fedsim.experiment.results import find_runs
+
+    runs = find_runs(arguments.directories)
+    comparison = compare(runs, arguments.target_accuracy, arguments.baseline)
+    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
+    if arguments.out is not None:
+        from fedsim.plots import write_figures
+
+        paths = write_figures(runs, arguments.out, arguments.round)
+        print(f"{len(paths)} files written to {arguments.out}", file=sys.stderr)
+
+
+def _devices(arguments: argparse.Namespace) -> None:
+    from fedsim.cost.describe import devices_json, devices_text
+
+    if arguments.json:
+        print(json.dumps(devices_json(arguments.name), indent=2))
+    else:
+        print(devices_text(arguments.name))
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from fedsim.cost.describe import estimate_text
+    from fedsim.cost.estimate import estimate
+
+    figures = estimate(
+        device=arguments.profile or arguments.device,
+        mode=arguments.mode,
+        model=arguments.model,
+        batch_size=arguments.batch_size,
+        seq_len=arguments.seq_len,
+        tuning="full" if arguments.full else "inference" if arguments.inference else "lora",
+        lora_rank=arguments.lora_rank or 8,
+        train_top_layers=arguments.train_top_layers,
+        prune_ratio=arguments.prune_ratio,
+        precision=arguments.precision,
+    )
+    print(json.dumps(figures, indent=2) if arguments.json else estimate_text(figures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

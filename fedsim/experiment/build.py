@@ -1,0 +1,196 @@
+"""From a configuration to the parts of a run: fleet, clock, data, learner, policy, federation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsim.control.policies import make_policy
+from fedsim.control.reward import RewardModel
+from fedsim.cost.ask import JobSetting, ShapeAsk
+from fedsim.cost.device import DeviceProfile
+from fedsim.cost.shapes import load_shape
+from fedsim.cost.workload import StepSetting
+from fedsim.data.corpus import Corpus, load_corpus
+from fedsim.data.partition import partition
+from fedsim.data.summary import corpus_hash
+from fedsim.errors import ConfigError
+from fedsim.experiment.panel import draw_panel
+from fedsim.methods.base import Method
+from fedsim.methods.catalogue import method_named
+from fedsim.methods.federation import Federation, Parts
+from fedsim.methods.timing import TimingLearner
+from fedsim.settings import Config
+from fedsim.sim.fleet import Fleet, load_fleet
+from fedsim.specs import Learner
+from fedsim.structure import ModelShape, kept_counts, largest_ratio
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A run, ready to start. `facts` are what the manifest says of model, data, fleet and clock."""
+
+    config: Config
+    fleet: Fleet
+    federation: Federation
+    facts: dict[str, object]
+
+
+def ranks_on_offer(rank_max: int) -> tuple[int, ...]:
+    """Powers of two from 2 to `rank_max`: the bandit's rank set [ours; the paper's set is not known]."""
+    return tuple(2**power for power in range(1, rank_max.bit_length()) if 2**power <= rank_max)
+
+
+def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DeviceProfile] | None = None) -> Experiment:
+    """Build every part of a run.
+
+    Args:
+        say: called with a line before each slow step, so that the user sees progress early.
+        perturb: applied to each device profile (a draw from its error bands).
+    Raises:
+        FedsimError: one sentence naming the field, the value and what is allowed.
+    """
+    method = method_named(config.method)
+    fleet = load_fleet(config.fleet, config.cost.precision, config.seed, perturb)
+    timing_only = config.train.engine == "none"
+    corpus = None
+    if not timing_only:
+        say("reading data")
+        corpus = load_corpus(config.data, config.seed)
+    labels = len(corpus.label_names) if corpus else 2
+    shape = load_shape(config.model.name, labels)
+    clock_shape = load_shape(config.cost.model, labels) if config.cost.model else shape
+    participants = _participants(config, fleet.clients)
+    _check_shape(config, method, shape)
+    ask = _build_ask(config, method, shape, clock_shape)
+
+    facts = _facts(config, fleet, clock_shape)
+    learner: Learner
+    if corpus is None:
+        learner = TimingLearner(shape)
+        facts["model"] = {"name": shape.name, "sha256": None}
+        facts["data"] = {"name": None, "sha256": None, "train": 0, "test": 0}
+    else:
+        learner, facts["model"] = _build_learner(config, method, corpus, fleet.clients, say)
+        facts["data"] = {
+            "name": config.data.path or config.data.name or "synthetic",
+            "sha256": corpus_hash(corpus),
+            "train": len(corpus.train.labels),
+            "test": len(corpus.test.labels),
+        }
+    policy = make_policy(
+        config.control,
+        clients=fleet.clients,
+        ask=ask,
+        seed=config.seed,
+        fixed_rank=config.model.lora_rank,
+        expected_time=fleet.expected_seconds,
+    )
+    parts = Parts(
+        config=config,
+        method=method,
+        learner=learner,
+        policy=policy,
+        reward=RewardModel(config.reward, fleet.clients),
+        ask=ask,
+        clients=fleet.clients,
+        participants=participants,
+        panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
+    )
+    return Experiment(config, fleet, Federation(parts), facts)
+
+
+def _participants(config: Config, clients: int) -> int:
+    asked = config.server.clients_per_round
+    if asked == "all":
+        return clients
+    if asked > clients:
+        raise ConfigError(
+            f"server.clients_per_round: value {asked} is not allowed (the fleet '{config.fleet.name}' has {clients} "
+            f"clients: 1 to {clients}, or all)"
+        )
+    return asked
+
+
+def _check_shape(config: Config, method: Method, shape: ModelShape) -> None:
+    """Checks of ranks and pruning targets against the learner's widths."""
+    width = min(shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn)
+    if config.model.lora_rank_max > width:
+        raise ConfigError(
+            f"model.lora_rank_max: value {config.model.lora_rank_max} is not allowed (at most {width}, the narrowest "
+            f"layer of {shape.name})"
+        )
+    if not method.prunes:
+        return
+    limit = largest_ratio(shape)
+    fields = {"prune.target": config.prune.target}
+    if config.prune.target_scope == "fleet_mean":
+        fields["prune.max_ratio"] = config.prune.max_ratio
+    for field, value in fields.items():
+        heads, channels = kept_counts(shape, value)
+        # Nearest counts may stray from the asked ratio by half a group of each kind; beyond that it is out of reach.
+        slack = (0.5 * shape.weights_per_head_group + 0.5 * shape.weights_per_channel) * shape.layers
+        kept = shape.layers * (int(heads) * shape.weights_per_head_group + int(channels) * shape.weights_per_channel)
+        missed = kept - (1.0 - value) * shape.prunable_weights
+        if missed > slack + 1e-9:
+            raise ConfigError(
+                f"{field}: value {value} is not allowed (at most {limit:.3f}: one head and one channel stay in every "
+                f"layer of {shape.name})"
+            )
+
+
+def _build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape) -> ShapeAsk:
+    cost, train = config.cost, config.train
+    step = StepSetting(
+        batch_size=cost.batch_size or train.batch_size,
+        seq_len=cost.seq_len or train.max_length,
+        precision=cost.precision,
+        tuning="lora",
+        train_top_layers=None,
+    )
+    needs_gradients = method.prunes and config.prune.criterion not in ("random", "magnitude")
+    job = JobSetting(
+        local_steps=train.local_steps,
+        recovery_steps=config.local_recovery_steps if method.prunes else 0,
+        importance_every=config.prune.importance_every if needs_gradients else None,
+        step=step,
+        prunes=method.prunes,
+    )
+    return ShapeAsk(shape, clock_shape, job, ranks_on_offer(config.model.lora_rank_max))
+
+
+def _build_learner(
+    config: Config, method: Method, corpus: Corpus, clients: int, say: Say
+) -> tuple[Learner, dict[str, object]]:
+    parts = partition(corpus.train, config.data, clients, config.seed)
+    say("loading torch and the model")
+    from fedsim.learn.learner import build_learner  # heavy: only runs that train pay for it
+
+    learner = build_learner(config, method.prunes, corpus, parts)
+    return learner, {"name": config.model.name, "sha256": learner.weights_sha256, "device": learner.device_name}
+
+
+def _facts(config: Config, fleet: Fleet, clock_shape: ModelShape) -> dict[str, object]:
+    classes, counts = np.unique(fleet.device_of, return_counts=True)
+    cost, train = config.cost, config.train
+    clock = {
+        "model": clock_shape.name,
+        "batch_size": cost.batch_size or train.batch_size,
+        "seq_len": cost.seq_len or train.max_length,
+        "precision": cost.precision,
+    }
+    clock["label"] = (
+        f"clock: {clock['model']}, batch {clock['batch_size']} x {clock['seq_len']} tokens, {clock['precision']}"
+    )
+    return {
+        "fleet": {
+            "name": config.fleet.name,
+            "clients": fleet.clients,
+            "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
+        },
+        "clock": clock,
+    }

@@ -1,0 +1,242 @@
+"""Reading a configuration: YAML file or preset, ``key=value`` overrides, the method's defaults, and the checks.
+
+Precedence, low to high: defaults of `fedsim.settings`, defaults of the method, the file, the overrides.
+Paths inside a configuration are relative to the working directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fedsim.errors import ConfigError, nearest, unknown
+from fedsim.methods.base import Method
+from fedsim.methods.catalogue import METHODS, method_named
+from fedsim.resources import resource_folder
+from fedsim.settings import Config
+
+Tree = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key may stand only once."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> Tree:
+    seen = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if key in seen:
+            raise ConfigError(f"key '{key}' stands twice (line {key_node.start_mark.line + 1}); each key is allowed once")
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
+
+
+def find_config(name: str | Path) -> Path:
+    """Path of a configuration: a file, or the name of a preset that travels with the package.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    preset = resource_folder("experiments") / path.name
+    for candidate in (preset, preset.with_suffix(".yaml")):
+        if candidate.is_file() and len(path.parts) <= 2:
+            return candidate
+    presets = sorted(p.name for p in resource_folder("experiments").glob("*.yaml"))
+    raise ConfigError(f"no configuration file '{name}' (give a YAML file, or a preset: {', '.join(presets)})")
+
+
+def read_tree(path: Path) -> Tree:
+    """The raw mapping in a YAML file."""
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration '{path}' is not readable YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ConfigError(f"configuration '{path}' cannot be read: {error.strerror}") from error
+    if tree is None:
+        raise ConfigError(f"configuration '{path}' is empty; it needs at least one key, such as 'method'")
+    if not isinstance(tree, dict):
+        raise ConfigError(f"configuration '{path}' holds a {type(tree).__name__}; a mapping of sections is needed")
+    return tree
+
+
+def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
+    """``["train.local_steps=10", ...]`` to dotted keys and YAML-parsed values."""
+    values: dict[str, Any] = {}
+    for item in items:
+        key, separator, text = item.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override '{item}' is not of the form key=value, such as train.local_steps=10")
+        try:
+            values[key.strip()] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"override '{item}': the value is not readable YAML") from error
+    return values
+
+
+def _set(tree: Tree, dotted: str, value: Any) -> None:
+    *parents, leaf = dotted.split(".")
+    for depth, name in enumerate(parents):
+        child = tree.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"'{'.'.join(parents[: depth + 1])}' is a single value, so '{dotted}' cannot be set")
+        tree = child
+    tree[leaf] = value
+
+
+def _merge(low: Tree, high: Mapping[str, Any]) -> Tree:
+    """`high` laid over `low`, section by section."""
+    merged = dict(low)
+    for key, value in high.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first validation error as one sentence with field, value and what is allowed."""
+    first = error.errors()[0]
+    # Union members and the like add parts to the location that are no keys.
+    parts = [str(part) for part in first["loc"]]
+    model: Any = Config
+    path: list[str] = []
+    for part in parts:
+        fields = getattr(model, "model_fields", {})
+        if first["type"] == "extra_forbidden" and part not in fields:
+            where = f" in section '{'.'.join(path)}'" if path else ""
+            allowed = ", ".join(sorted(fields))
+            return f"unknown key '{'.'.join([*path, part])}'{nearest(part, fields)} (allowed{where}: {allowed})"
+        if part not in fields:
+            break
+        path.append(part)
+        model = fields[part].annotation
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            break
+    messages = [e["msg"] for e in error.errors() if [str(p) for p in e["loc"]][: len(path)] == path]
+    allowed = " or ".join(dict.fromkeys(m.removeprefix("Input ") for m in messages))
+    value = first["input"]
+    if len(parts) > len(path):  # the bare value of the field, not of a member of it
+        value = first["input"]
+    return f"{'.'.join(path)}: value {value!r} is not allowed (it {allowed})"
+
+
+def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """A checked `Config` from a raw mapping and dotted overrides.
+
+    Raises:
+        ConfigError: one sentence naming the key, its value and what is allowed.
+    """
+    user: Tree = _merge({}, tree)
+    for key, value in (overrides or {}).items():
+        _set(user, key, value)
+    name = user.get("method", Config.model_fields["method"].default)
+    if not isinstance(name, str):
+        raise ConfigError(f"method: value {name!r} is not allowed (it should be one of {', '.join(sorted(METHODS))})")
+    method = method_named(name)
+    layered: Tree = {}
+    for key, value in method.defaults.items():
+        _set(layered, key, value)
+    for section, field in Config.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        if is_section and section in user and not isinstance(user[section], Mapping):
+            if user[section] is None:
+                user[section] = {}
+                continue
+            raise ConfigError(f"{section}: value {user[section]!r} is not allowed (it should be a section of keys)")
+    try:
+        config = Config.model_validate(_merge(layered, user))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from error
+    _check(config, method)
+    return config
+
+
+def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read, override and check a configuration file or preset."""
+    return build_config(read_tree(find_config(name)), overrides)
+
+
+def _check(config: Config, method: Method) -> None:
+    """Checks across sections that need neither data nor model."""
+    train, prune, model = config.train, config.prune, config.model
+    if config.local_recovery_steps >= train.local_steps and method.prunes:
+        raise ConfigError(
+            f"train.recovery_steps: value {config.local_recovery_steps} is not allowed (they are taken from "
+            f"train.local_steps = {train.local_steps}, so at most {train.local_steps - 1})"
+        )
+    before = train.local_steps - config.local_recovery_steps
+    if method.prunes and prune.importance_every > before:
+        raise ConfigError(
+            f"prune.importance_every: value {prune.importance_every} is not allowed (at most the {before} local steps "
+            "before pruning, or importance would never be estimated)"
+        )
+    if method.prunes and config.prune_end_round <= config.prune_warmup_rounds:
+        raise ConfigError(
+            f"prune.end_round: value {config.prune_end_round} is not allowed (it must be after "
+            f"prune.warmup_rounds = {config.prune_warmup_rounds})"
+        )
+    if method.prunes and config.prune_end_round > config.server.rounds:
+        raise ConfigError(
+            f"prune.end_round: value {config.prune_end_round} is not allowed (at most server.rounds = "
+            f"{config.server.rounds}, or the target is never reached)"
+        )
+    if method.prunes and prune.target_scope == "fleet_mean" and prune.max_ratio < prune.target:
+        raise ConfigError(
+            f"prune.max_ratio: value {prune.max_ratio} is not allowed (with target_scope fleet_mean it is at least "
+            f"prune.target = {prune.target})"
+        )
+    if model.lora_rank > model.lora_rank_max:
+        raise ConfigError(
+            f"model.lora_rank: value {model.lora_rank} is not allowed (at most model.lora_rank_max = "
+            f"{model.lora_rank_max})"
+        )
+    if model.lora_rank_max < 2:
+        raise ConfigError("model.lora_rank_max: value 1 is not allowed (at least 2: the ranks on offer are 2, 4, 8, ...)")
+    if method.prunes and model.lora_targets != "all" and prune.criterion == "lora_guided":
+        raise ConfigError(
+            f"model.lora_targets: value {model.lora_targets!r} is not allowed with prune.criterion lora_guided (it "
+            "must be 'all': importance is estimated from the LoRA gradients of every prunable Linear)"
+        )
+    if config.aggregate.rule == "average_factors" and config.control.policy != "uniform":
+        raise ConfigError(
+            f"aggregate.rule: value 'average_factors' is not allowed with control.policy {config.control.policy!r} "
+            "(it needs equal ranks: use policy uniform, or rule lowrank)"
+        )
+    if config.data.name is not None and config.data.path is not None:
+        raise ConfigError(f"data.path: value {config.data.path!r} is not allowed beside data.name (give one of them)")
+    if config.data.task == "causal_lm":
+        raise ConfigError("data.task: value 'causal_lm' is not allowed yet (this version trains: classification)")
+    if config.server.mode != "sync":
+        raise ConfigError(unknown("server.mode", config.server.mode, ["sync"]))
+
+
+def config_hash(config: Config) -> str:
+    """sha256 of the resolved configuration, independent of key order."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def config_yaml(config: Config) -> str:
+    """The resolved configuration as YAML: reading it back gives the same `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,230 @@
+"""One run, from a configuration to a finished directory; and again from its last checkpoint."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedsim.cost.device import DeviceProfile, perturbed
+from fedsim.errors import RunError
+from fedsim.experiment.build import Experiment, build
+from fedsim.experiment.checkpoint import load_checkpoint, save_checkpoint
+from fedsim.experiment.config import build_config, config_hash, config_yaml, find_config, read_tree
+from fedsim.experiment.progress import Progress
+from fedsim.experiment.records import RecordWriter
+from fedsim.experiment.results import Run, load
+from fedsim.experiment.rundir import RunDirectory
+from fedsim.methods.catalogue import method_named
+from fedsim.resources import resource_folder
+from fedsim.rng import Stream, generator
+from fedsim.settings import Config
+from fedsim.sim.server import SimState, should_stop, simulate
+from fedsim.sim.trace import TraceBlock
+from fedsim.specs import RoundLearning, RoundPlan, RoundReport
+
+_PACKAGES = ("numpy", "pandas", "peft", "pyarrow", "scipy", "simpy", "tokenizers", "torch", "transformers")
+
+
+def run(
+    config: str | Path | Mapping[str, Any] | Config,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+    profile_draw: int | None = None,
+    **overrides: Any,
+) -> Run:
+    """Run an experiment and return its results.
+
+    Args:
+        config: a YAML file, the name of a preset, a nested mapping, or a ready `Config`.
+        out: run directory; by default ``runs/<configuration>-<method>-seed<seed>``.
+        resume: go on from the last checkpoint (a finished run is returned as it is).
+        force: overwrite what is in `out`.
+        quiet: no progress lines.
+        profile_draw: number of a draw of the device profiles from their error bands; None takes the values themselves.
+        overrides: configuration keys with dots written as two underscores (``train__local_steps=10``), or as given
+            (``**{"train.local_steps": 10}``).
+    Raises:
+        FedsimError: one sentence naming the field, the value and what is allowed.
+    """
+    checked, stem = _resolve(config, {key.replace("__", "."): value for key, value in overrides.items()})
+    path = Path(out) if out is not None else Path("runs") / f"{stem}-{checked.method}-seed{checked.seed}"
+    if resume and not force:
+        with RunDirectory.open_for_resume(path) as directory:
+            checked = _same_config(directory, checked)
+            if directory.manifest["status"] == "finished":
+                return load(path)
+            _play(directory, checked, quiet, profile_draw, resume=True)
+        return load(path)
+    # What is wrong with the configuration must show before anything in the directory is touched.
+    experiment, progress = _prepare(checked, quiet, profile_draw, done=0)
+    with RunDirectory.create(path, force=force) as directory:
+        directory.write_text("config.yaml", config_yaml(checked))
+        directory.write_manifest(_first_manifest(checked, experiment, profile_draw))
+        _simulate(directory, experiment, progress, start=None, spent_s=0.0)
+    return load(path)
+
+
+def _resolve(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any]) -> tuple[Config, str]:
+    if isinstance(config, Config):
+        return build_config(config.model_dump(), overrides), "run"
+    if isinstance(config, Mapping):
+        return build_config(config, overrides), "run"
+    path = find_config(config)
+    return build_config(read_tree(path), overrides), path.stem
+
+
+def _same_config(directory: RunDirectory, asked: Config) -> Config:
+    """The configuration of the run to be resumed; anything else asked for is refused."""
+    kept = build_config(yaml.safe_load((directory.path / "config.yaml").read_text(encoding="utf-8")))
+    if config_hash(kept) != config_hash(asked):
+        ours, theirs = asked.model_dump(mode="json"), kept.model_dump(mode="json")
+        changed = sorted(key for key in ours if ours[key] != theirs[key])
+        raise RunError(
+            f"run '{directory.path}' was started with another configuration (it differs in: {', '.join(changed)}); "
+            "resume it with the same one, or start afresh with --force"
+        )
+    return kept
+
+
+def _prepare(config: Config, quiet: bool, profile_draw: int | None, done: int) -> tuple[Experiment, Progress]:
+    progress = Progress(f"{config.method} seed {config.seed}", config.server.rounds, done, quiet)
+    return build(config, progress.say, _perturbation(config.seed, profile_draw)), progress
+
+
+def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: int | None, resume: bool) -> None:
+    next_round, state, meta = load_checkpoint(directory.path / "checkpoint")
+    experiment, progress = _prepare(config, quiet, profile_draw, done=next_round)
+    experiment.federation.restore(state)
+    start = SimState(next_round=next_round, now_s=float(meta["now_s"]), trace_hash=str(meta["trace_hash"]))
+    _simulate(directory, experiment, progress, start, float(meta["host_s"]), stopped=bool(meta["stopped"]))
+
+
+def _simulate(
+    directory: RunDirectory,
+    experiment: Experiment,
+    progress: Progress,
+    start: SimState | None,
+    spent_s: float,
+    stopped: bool = False,
+) -> None:
+    """Play the rounds; records, checkpoints and the manifest follow.
+
+    Args:
+        spent_s: host seconds of earlier processes of this run.
+        stopped: the run had met its stopping rule when it was interrupted: only its end is left to write.
+    """
+    config, federation = experiment.config, experiment.federation
+    writer = RecordWriter(directory.path, config.records, next_round=start.next_round if start else 0)
+    began_s = time.perf_counter() - spent_s
+    round_began_s = time.perf_counter()
+
+    def on_round(plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: TraceBlock) -> None:
+        nonlocal round_began_s
+        now_s = time.perf_counter()
+        writer.append_round(plan, report, learning, block, host_s=now_s - round_began_s)
+        round_began_s = now_s
+        done = plan.round_index + 1
+        last = should_stop(config.server, done, report.end_s, learning.accuracy)
+        if last or done % config.server.checkpoint_every == 0:
+            writer.close_part(done)
+            save_checkpoint(
+                directory.path / "checkpoint",
+                done,
+                dict(federation.state()),
+                {
+                    "now_s": report.end_s,
+                    "trace_hash": block.trace_hash,
+                    "host_s": now_s - began_s,
+                    "stopped": last,
+                },
+            )
+        progress.round_done(report, learning)
+
+    with progress:
+        end = start if start and stopped else simulate(
+            experiment.fleet, federation, config.server, config.seed, on_round, start
+        )
+    # In this order: killed in between, the parts are still there and a resumed run joins them again.
+    writer.join()
+    federation.export(directory.path / "adapter")
+    sparsity = federation.final_sparsity()
+    directory.write_manifest(
+        {
+            **directory.manifest,
+            "status": "finished",
+            "rounds": end.next_round,
+            "trace_hash": end.trace_hash,
+            "simulated_s": end.now_s,
+            "host_s": time.perf_counter() - began_s,
+            "final_prune_ratio": {"mean": sparsity.mean, "low": sparsity.low, "high": sparsity.high},
+        }
+    )
+    writer.remove_parts()
+
+
+def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | None) -> dict[str, object]:
+    method = method_named(config.method)
+    labels = list(method.labels)
+    if config.train.engine == "none":
+        labels.append("timing only: nothing was trained")
+    if profile_draw is not None:
+        labels.append(f"device profiles drawn from their error bands (draw {profile_draw})")
+    return {
+        "status": "running",
+        "method": config.method,
+        "seed": config.seed,
+        "labels": labels,
+        "sources": list(method.sources),
+        "config_hash": config_hash(config),
+        "engine": "none" if config.train.engine == "none" else "reference",
+        "versions": {
+            "fedsim": metadata.version("fedspine-sim"),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _PACKAGES},
+        },
+        "host": {"machine": platform.machine(), "system": platform.system()},
+        "git": _git_state(),
+        "profile_draw": profile_draw,
+        **experiment.facts,
+    }
+
+
+def _git_state() -> dict[str, object] | None:
+    """Commit and dirtiness of the source checkout; None for an installed package."""
+    folder = resource_folder("device_profiles").parent
+    if not (folder / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _perturbation(seed: int, draw: int | None) -> Callable[[DeviceProfile], DeviceProfile] | None:
+    """Each profile drawn once per draw, by its name, whatever the fleet's order."""
+    if draw is None:
+        return None
+    drawn: dict[str, DeviceProfile] = {}
+
+    def perturb(profile: DeviceProfile) -> DeviceProfile:
+        if profile.name not in drawn:
+            key = zlib.crc32(profile.name.encode())
+            drawn[profile.name] = perturbed(profile, generator(seed, Stream.PROFILE_ERROR, draw, key))
+        return drawn[profile.name]
+
+    return perturb

@@ -1,0 +1,301 @@
+"""The learning side of a run: the global adapter, every client's structure and scores, and the trainer behind them.
+
+Implements `fedsim.specs.Learner`. Whatever grows with clients is held only for clients that have taken part.
+
+Unspecified in the paper; we chose: the fleet's averaged importance is the mean over clients seen so far of each one's
+latest average; a device that may grow back takes its best-scored missing groups at dispatch, when it receives the LoRA
+rows that go with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedsim.data.corpus import Corpus
+from fedsim.errors import ConfigError
+from fedsim.learn.adapter import Adapter
+from fedsim.learn.aggregate import Contribution, merge
+from fedsim.learn.backbone import Backbone, load_backbone
+from fedsim.learn.batches import Batch, encode, eval_batches
+from fedsim.learn.evaluate import measure_structures
+from fedsim.learn.importance import GroupScores, static_scores
+from fedsim.learn.lora import LoraModel, initial_adapter
+from fedsim.learn.peft_folder import write_peft_folder
+from fedsim.learn.selection import grow, select
+from fedsim.learn.train import ClientData, Job, ReferenceTrainer, Trainer, TrainRule, Update
+from fedsim.settings import Config
+from fedsim.specs import Evaluation, FloatArray, IntArray, LocalRequest, LocalResult, Outcome, State, Ticket
+from fedsim.structure import Structure
+
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class LearnerParts:
+    """What a learner is made of."""
+
+    config: Config
+    backbone: Backbone
+    model: LoraModel
+    trainer: Trainer
+    test_batches: Sequence[Batch]
+
+
+class LoraLearner:
+    """Federated LoRA with structured pruning, behind the joint of submit and result."""
+
+    def __init__(self, parts: LearnerParts, adapter: Adapter) -> None:
+        self._parts = parts
+        self._adapter = adapter
+        self._structures: dict[int, Structure] = {}
+        self._scores: dict[int, GroupScores] = {}
+        self._pending: dict[Ticket, Job] = {}
+        self._trained: dict[Ticket, LocalResult] = {}
+        self._next_ticket = 0
+
+    @property
+    def weights_sha256(self) -> str:
+        """Hash of the backbone's weights."""
+        return self._parts.backbone.weights_sha256
+
+    @property
+    def device_name(self) -> str:
+        """The torch device that trains."""
+        return str(self._parts.backbone.device)
+
+    # -- submit and result ------------------------------------------------------------------------------------------
+
+    def submit(self, request: LocalRequest) -> Ticket:
+        """Freeze the job against the present adapter, structure and scores."""
+        client = request.client
+        guide = self._guide(client)
+        start = self._structure(client)
+        if request.prune:
+            start = grow(
+                self._ranking(client), start, self._parts.backbone.shape, request.ratio_target
+            )
+        self._next_ticket += 1
+        self._pending[self._next_ticket] = Job(request, self._adapter, start, self._scores.get(client), guide)
+        return self._next_ticket
+
+    def result(self, ticket: Ticket) -> LocalResult:
+        """Train everything pending as one cohort, and return this ticket's result."""
+        if ticket not in self._trained:
+            tickets, jobs = list(self._pending), list(self._pending.values())
+            self._pending.clear()
+            for done, job, update in zip(tickets, jobs, self._parts.trainer.train(jobs), strict=True):
+                self._trained[done] = self._as_result(job, update)
+        return self._trained.pop(ticket)
+
+    def discard(self, ticket: Ticket) -> None:
+        """Forget a job; if it has not been trained yet it never is."""
+        if self._pending.pop(ticket, None) is None:
+            del self._trained[ticket]
+
+    def _as_result(self, job: Job, update: Update) -> LocalResult:
+        return LocalResult(
+            client=job.request.client,
+            ratio=update.structure.ratio(self._parts.backbone.shape),
+            loss_before=update.loss_before,
+            loss_after=update.loss_after,
+            lora_importance=update.lora_importance,
+            outcome=update.outcome,
+            kept_before=(job.start.heads_kept, job.start.channels_kept),
+            kept_after=(update.structure.heads_kept, update.structure.channels_kept),
+            payload=update,
+        )
+
+    # -- the server's side ------------------------------------------------------------------------------------------
+
+    def aggregate(self, results: Sequence[LocalResult]) -> None:
+        """Merge the updates; keep each client's new structure and scores."""
+        contributions = []
+        for result in results:
+            update = result.payload
+            if not isinstance(update, Update) or result.outcome != Outcome.OK:
+                raise ValueError(f"client {result.client} has no usable update to aggregate")
+            self._structures[result.client] = update.structure
+            if update.scores is not None:
+                self._scores[result.client] = update.scores
+            contributions.append(
+                Contribution(update.adapter, update.structure, update.samples, update.lora_importance)
+            )
+        if contributions:
+            model = self._parts.config.model
+            self._adapter = merge(
+                self._adapter,
+                contributions,
+                self._parts.backbone.shape,
+                self._rank_max,
+                model.lora_alpha_over_rank,
+                self._parts.config.aggregate,
+            )
+
+    def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:
+        """Prune clients at once, without training; one that may grow back does so where its ratio falls."""
+        shape, selection = self._parts.backbone.shape, self._parts.config.prune.selection
+        achieved = np.empty(len(clients))
+        for place, (client, ratio) in enumerate(zip(clients, ratios, strict=True)):
+            client = int(client)
+            ranking = self._ranking(client)
+            structure = self._structure(client)
+            if self._parts.config.prune.reversible:
+                structure = grow(ranking, structure, shape, float(ratio))
+            structure = select(ranking, structure, shape, float(ratio), selection)
+            self._structures[client] = structure
+            achieved[place] = structure.ratio(shape)
+        return achieved
+
+    def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation:
+        """Panel mean of accuracy and loss, and the consensus model's accuracy."""
+        structures = [self._structure(int(client)) for client in panel]
+        results = measure_structures(
+            self._parts.model, self._adapter, [*structures, self._consensus(consensus_ratio)], self._parts.test_batches
+        )
+        panel_results = np.array(results[:-1])
+        accuracy, loss = panel_results.mean(axis=0)
+        return Evaluation(float(accuracy), float(loss), results[-1][0])
+
+    def export(self, folder: Path) -> None:
+        """Write the global adapter as a PEFT folder."""
+        write_peft_folder(folder, self._parts.backbone, self._adapter, self._parts.config.model)
+
+    # -- structures and scores --------------------------------------------------------------------------------------
+
+    @property
+    def _rank_max(self) -> int:
+        """Rank of the global adapter: the largest on offer, or the one rank where all use it."""
+        return self._adapter.rank
+
+    def _structure(self, client: int) -> Structure:
+        return self._structures.get(client, Structure.full(self._parts.backbone.shape))
+
+    def _guide(self, client: int) -> GroupScores | None:
+        """Scores that take the place of a client's own average: a static criterion's, or the fleet's."""
+        prune = self._parts.config.prune
+        static = static_scores(prune.criterion, self._parts.backbone, self._parts.config.seed, client)
+        if static is not None:
+            return static
+        return self._fleet_scores() if prune.structure == "common" else None
+
+    def _ranking(self, client: int) -> GroupScores:
+        """Scores by which a client's groups are ranked outside a job: its guide, its own, or the fleet's."""
+        guide = self._guide(client)
+        own = guide if guide is not None else self._scores.get(client)
+        fleet = own if own is not None else self._fleet_scores()
+        return fleet if fleet is not None else GroupScores.zeros(self._parts.backbone.shape)
+
+    def _fleet_scores(self) -> GroupScores | None:
+        if not self._scores:
+            return None
+        known = [self._scores[client] for client in sorted(self._scores)]
+        return GroupScores(
+            np.mean([scores.heads for scores in known], axis=0), np.mean([scores.channels for scores in known], axis=0)
+        )
+
+    def _consensus(self, ratio: float) -> Structure:
+        shape = self._parts.backbone.shape
+        full = Structure.full(shape)
+        if ratio <= 0.0:
+            return full
+        static = static_scores(self._parts.config.prune.criterion, self._parts.backbone, self._parts.config.seed, 0)
+        scores = static if static is not None else self._fleet_scores()
+        if scores is None:
+            return full
+        return select(scores, full, shape, ratio, self._parts.config.prune.selection)
+
+    # -- checkpoint -------------------------------------------------------------------------------------------------
+
+    def state(self) -> State:
+        """Adapter, structures and scores as arrays."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, (a, b) in self._adapter.factors.items():
+            arrays[f"A.{name}"], arrays[f"B.{name}"] = a.cpu().numpy(), b.cpu().numpy()
+        for name, tensor in self._adapter.head.items():
+            arrays[f"head.{name}"] = tensor.cpu().numpy()
+        pruned = sorted(self._structures)
+        scored = sorted(self._scores)
+        arrays["structure_clients"] = np.array(pruned, dtype=np.int64)
+        arrays["score_clients"] = np.array(scored, dtype=np.int64)
+        if pruned:
+            arrays["head_mask"] = np.stack([self._structures[client].head_mask for client in pruned])
+            arrays["channel_mask"] = np.stack([self._structures[client].channel_mask for client in pruned])
+        if scored:
+            arrays["head_scores"] = np.stack([self._scores[client].heads for client in scored])
+            arrays["channel_scores"] = np.stack([self._scores[client].channels for client in scored])
+        return arrays
+
+    def restore(self, state: State) -> None:
+        """Take what `state` gave."""
+        device = self._parts.backbone.device
+        self._adapter = Adapter(
+            {name: (_tensor(state[f"A.{name}"], device), _tensor(state[f"B.{name}"], device)) for name in self._adapter.factors},
+            {name: _tensor(state[f"head.{name}"], device) for name in self._adapter.head},
+        )
+        self._structures = {
+            int(client): Structure(state["head_mask"][i].astype(bool), state["channel_mask"][i].astype(bool))
+            for i, client in enumerate(state["structure_clients"])
+        }
+        self._scores = {
+            int(client): GroupScores(state["head_scores"][i], state["channel_scores"][i])
+            for i, client in enumerate(state["score_clients"])
+        }
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.array(array)).to(device)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device named in ``train.torch_device``; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.torch_device: value '{name}' is not allowed (auto, cpu, cuda or cuda:N)") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.torch_device: value '{name}' is not allowed (auto, cpu, cuda or cuda:N)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.torch_device: value '{name}' is not allowed here (CUDA devices found: {torch.cuda.device_count()})"
+        )
+    return device
+
+
+def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[IntArray, ...]) -> LoraLearner:
+    """Load the backbone, encode the text, and stand a trainer behind the joint.
+
+    Args:
+        prunes: whether the method prunes; where not, importance is never estimated.
+        parts: each client's sample numbers in ``corpus.train``.
+    """
+    torch.set_num_threads(config.train.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = torch_device(config.train.torch_device)
+    backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device)
+    model = LoraModel(backbone, config.model.lora_targets, config.model.lora_alpha_over_rank)
+    uniform_rank = config.control.policy == "uniform" and config.aggregate.rule == "average_factors"
+    rank = config.model.lora_rank if uniform_rank else config.model.lora_rank_max
+    adapter = initial_adapter(backbone, config.model.lora_targets, rank, config.seed)
+    static = config.prune.criterion in ("random", "magnitude")
+    rule = TrainRule(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        importance_every=config.prune.importance_every if prunes and not static else None,
+        selection=config.prune.selection,
+    )
+    text = encode(corpus.train, backbone.tokenizer, config.train.max_length)
+    test = encode(corpus.test, backbone.tokenizer, config.train.max_length)
+    batches = list(eval_batches(test, EVALUATION_BATCH, device))
+    trainer = ReferenceTrainer(model, ClientData(text, parts), rule)
+    return LoraLearner(LearnerParts(config, backbone, model, trainer, batches), adapter)

@@ -1,0 +1,40 @@
+"""What a federated method is: a small frozen record of settings and functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fedsim.control.schedule import cubic_ratio
+from fedsim.settings import Config
+
+Schedule = Callable[[int, Config], float]
+"""The fleet's pruning ratio after a round: ``schedule(round_index, config)``."""
+
+
+def cubic_schedule(round_index: int, config: Config) -> float:
+    """Warm-up, then the cubic schedule from ``prune.warmup_rounds`` to ``prune.end_round``."""
+    return cubic_ratio(round_index, config.prune_warmup_rounds, config.prune_end_round, config.prune.target)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A federated method.
+
+    Attributes:
+        name: the key in ``method:``.
+        summary: one line on what it does.
+        sources: citations.
+        prunes: whether the backbone is pruned; where not, the schedule is 0 and importance is never estimated.
+        defaults: dotted configuration keys the method sets where the user does not.
+        labels: how far its numbers may be trusted (``reconstruction`` where the paper is silent on a choice).
+        schedule: the fleet's pruning schedule.
+    """
+
+    name: str
+    summary: str
+    sources: tuple[str, ...]
+    prunes: bool
+    defaults: Mapping[str, object]
+    labels: tuple[str, ...] = ("reconstruction",)
+    schedule: Schedule = cubic_schedule

@@ -1,0 +1,36 @@
+"""The methods by name. A new one is a file with a ``METHOD`` and a line here, or a call of `register_method`."""
+
+from __future__ import annotations
+
+from fedsim.errors import ConfigError, unknown
+from fedsim.methods import fedlora, fedspine, fedspine_balanced, fedspine_uniform
+from fedsim.methods.base import Method
+
+METHODS: dict[str, Method] = {
+    "fedspine": fedspine.METHOD,
+    "fedspine_uniform": fedspine_uniform.METHOD,
+    "fedspine_balanced": fedspine_balanced.METHOD,
+    "fedlora": fedlora.METHOD,
+}
+
+
+def method_named(name: str) -> Method:
+    """The method called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in METHODS:
+        raise ConfigError(unknown("method", name, METHODS))
+    return METHODS[name]
+
+
+def register_method(name: str, method: Method) -> None:
+    """Make a user's own method usable by name, without editing the package.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if name in METHODS:
+        raise ConfigError(f"method '{name}' exists already; register yours under another name")
+    METHODS[name] = method

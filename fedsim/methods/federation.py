@@ -1,0 +1,268 @@
+"""The strategy behind the server process: one federated round after another, whatever the method.
+
+The round (FedSpine, arXiv 2501.02438): choose arms, freeze the jobs, let the clock run, train what arrived, aggregate,
+reward, teach the policy, evaluate. Methods differ in their settings, not in this code.
+
+Unspecified in the paper; we chose: a client whose update did not arrive (late, out of memory, not finite) keeps the
+ratio it had before; before the last evaluation every device, sampled lately or not, is cut to its target: `prune.target`
+under ``every_device``; under ``fleet_mean`` the ratios as they stand, shifted together so that their mean is the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedsim.control.policies import recentre
+from fedsim.control.reward import RewardModel
+from fedsim.control.schedule import default_step_max, feasible_bounds, ratio_cap
+from fedsim.methods.base import Method
+from fedsim.settings import Config
+from fedsim.specs import (
+    Ask,
+    Evaluation,
+    Feedback,
+    FloatArray,
+    IntArray,
+    Learner,
+    LocalRequest,
+    LocalResult,
+    Outcome,
+    Policy,
+    RoundContext,
+    RoundLearning,
+    RoundPlan,
+    RoundReport,
+    State,
+    Ticket,
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a federation is made of."""
+
+    config: Config
+    method: Method
+    learner: Learner
+    policy: Policy
+    reward: RewardModel
+    ask: Ask
+    clients: int
+    participants: int
+    panel: IntArray
+
+
+@dataclass(frozen=True)
+class FinalSparsity:
+    """Achieved pruning ratios over the whole fleet after the final cut."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Federation:
+    """Implements `fedsim.specs.Strategy` for every method."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        # Two views of pruning: what was asked (the arm, which policies reason about) and what whole heads allow.
+        self._asked = np.zeros(parts.clients)
+        self._achieved = np.zeros(parts.clients)
+        self._tickets: dict[int, Ticket] = {}
+        self._plan: RoundPlan | None = None
+        self._step_max = _step_max(parts)
+
+    # -- the two calls of the server process ------------------------------------------------------------------------
+
+    def open_round(self, round_index: int, clients: IntArray) -> RoundPlan:
+        """Choose arms within the feasible bounds, and freeze every job."""
+        parts, before = self._parts, self._asked[clients]
+        context = self._context(round_index, clients, before)
+        arms = parts.policy.select(context)
+        ratio = np.clip(arms.ratio, context.ratio_low, context.ratio_high)
+        work = parts.ask.work(before, ratio, arms.rank)
+        plan = RoundPlan(round_index, clients, before, ratio, arms.rank, work)
+        rate = self._learning_rate(round_index)
+        prune = parts.method.prunes and round_index >= parts.config.prune_warmup_rounds
+        self._tickets = {
+            int(client): parts.learner.submit(
+                LocalRequest(
+                    client=int(client),
+                    round_index=round_index,
+                    ratio_target=float(target),
+                    prune=prune,
+                    rank=int(rank),
+                    local_steps=parts.config.train.local_steps,
+                    recovery_steps=parts.config.local_recovery_steps if parts.method.prunes else 0,
+                    learning_rate=rate,
+                )
+            )
+            for client, target, rank in zip(clients, ratio, arms.rank, strict=True)
+        }
+        self._plan = plan
+        return plan
+
+    def close_round(self, report: RoundReport) -> RoundLearning:
+        """Train what arrived; the rest is forgotten untrained."""
+        plan = self._plan
+        if plan is None or plan.round_index != report.round_index:
+            raise RuntimeError(f"round {report.round_index} was closed without having been opened")
+        parts = self._parts
+        arrived = np.array([outcome == Outcome.OK for outcome in report.outcome])
+        for client in plan.clients[~arrived]:
+            parts.learner.discard(self._tickets.pop(int(client)))
+        results: dict[int, LocalResult] = {}
+        for client in plan.clients[arrived]:
+            results[int(client)] = parts.learner.result(self._tickets.pop(int(client)))
+        good = [result for result in results.values() if result.outcome == Outcome.OK]
+        parts.learner.aggregate(good)
+        for result in good:
+            self._achieved[result.client] = result.ratio
+        trained = np.array([int(c) in results and results[int(c)].outcome == Outcome.OK for c in plan.clients])
+        self._asked[plan.clients[trained]] = plan.ratio_target[trained]
+
+        loss_before = _column(plan.clients, results, "loss_before")
+        loss_after = _column(plan.clients, results, "loss_after")
+        time_s = np.where(arrived, report.upload_end_s - report.start_s, np.nan)
+        reward = parts.reward.compute(
+            loss_before=loss_before,
+            loss_after=loss_after,
+            ratio_before=plan.ratio_before,
+            ratio=plan.ratio_target,
+            lora_importance=_column(plan.clients, results, "lora_importance"),
+            time_s=time_s,
+            arrived=trained,
+            step_max=self._step_max,
+            target=parts.config.prune.target if parts.method.prunes else 0.0,
+        )
+        parts.policy.update(
+            Feedback(
+                round_index=plan.round_index,
+                clients=plan.clients,
+                ratio_before=plan.ratio_before,
+                ratio=plan.ratio_target,
+                rank=plan.rank,
+                work=plan.work,
+                time_s=time_s,
+                arrived=arrived,
+                reward=reward,
+            )
+        )
+        last = plan.round_index == parts.config.server.rounds - 1
+        if last and parts.method.prunes:
+            self._final_cut()
+        evaluation = self._evaluate(plan.round_index, last)
+        outcome = tuple(
+            results[int(c)].outcome if int(c) in results else o
+            for c, o in zip(plan.clients, report.outcome, strict=True)
+        )
+        return RoundLearning(
+            ratio=self._achieved[plan.clients],
+            loss_before=loss_before,
+            loss_after=loss_after,
+            reward=reward,
+            outcome=outcome,
+            accuracy=evaluation.accuracy if evaluation else None,
+            loss=evaluation.loss if evaluation else None,
+            accuracy_consensus=evaluation.accuracy_consensus if evaluation else None,
+        )
+
+    # -- what the run asks ------------------------------------------------------------------------------------------
+
+    def final_sparsity(self) -> FinalSparsity:
+        """Achieved pruning ratios over all clients, as they stand."""
+        return FinalSparsity(float(self._achieved.mean()), float(self._achieved.min()), float(self._achieved.max()))
+
+    def export(self, folder: Path) -> None:
+        """Write the global adapter as a PEFT folder."""
+        self._parts.learner.export(folder)
+
+    def state(self) -> State:
+        """Everything a later process needs to go on from a round's end."""
+        state = {"federation.asked": self._asked, "federation.achieved": self._achieved}
+        for name, part in self._stateful():
+            state.update({f"{name}.{key}": value for key, value in part.state().items()})
+        return state
+
+    def restore(self, state: State) -> None:
+        """Take what `state` gave."""
+        self._asked = np.array(state["federation.asked"])
+        self._achieved = np.array(state["federation.achieved"])
+        for name, part in self._stateful():
+            prefix = f"{name}."
+            part.restore({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
+
+    # -- parts of a round -------------------------------------------------------------------------------------------
+
+    def _stateful(self) -> tuple[tuple[str, Learner | Policy | RewardModel], ...]:
+        return (("learner", self._parts.learner), ("policy", self._parts.policy), ("reward", self._parts.reward))
+
+    def _context(self, round_index: int, clients: IntArray, before: FloatArray) -> RoundContext:
+        config, method = self._parts.config, self._parts.method
+        low = high = np.zeros_like(before)
+        if method.prunes:
+            low, high = feasible_bounds(
+                config.prune,
+                round_index=round_index,
+                ratio_before=before,
+                warmup_rounds=config.prune_warmup_rounds,
+                end_round=config.prune_end_round,
+                step_max=self._step_max,
+            )
+        return RoundContext(
+            round_index=round_index,
+            clients=clients,
+            ratio_before=before,
+            ratio_low=low,
+            ratio_high=high,
+            schedule_ratio=method.schedule(round_index, config) if method.prunes else 0.0,
+            ratio_max=ratio_cap(config.prune) if method.prunes else 0.0,
+            step_max=self._step_max,
+        )
+
+    def _learning_rate(self, round_index: int) -> float:
+        """Linear decay over the rounds, so that the last round still learns a little."""
+        train, rounds = self._parts.config.train, self._parts.config.server.rounds
+        decay = 1.0 - round_index / rounds if train.schedule == "linear" else 1.0
+        return train.learning_rate * decay
+
+    def _final_cut(self) -> None:
+        prune = self._parts.config.prune
+        if prune.target_scope == "every_device":
+            targets = np.full_like(self._asked, prune.target)
+        else:
+            low = np.zeros_like(self._asked) if prune.reversible else self._asked
+            targets = recentre(self._asked, prune.target, low, np.full_like(self._asked, prune.max_ratio))
+        # Only shrinking is a cut; a device that stands above its new target keeps what it has where it may not grow.
+        clients = np.arange(len(self._asked), dtype=np.int64)
+        self._achieved = self._parts.learner.cut(clients, targets)
+        self._asked = targets
+
+    def _evaluate(self, round_index: int, last: bool) -> Evaluation | None:
+        every = self._parts.config.evaluate.every_rounds
+        if not last and (round_index + 1) % every != 0:
+            return None
+        return self._parts.learner.evaluate(self._parts.panel, float(self._asked.mean()))
+
+
+def _step_max(parts: Parts) -> float:
+    """The largest rise of a device's ratio in one participation."""
+    config = parts.config
+    if config.prune.max_step is not None:
+        return config.prune.max_step
+    return default_step_max(
+        config.prune_warmup_rounds,
+        config.prune_end_round,
+        config.prune.target,
+        clients=parts.clients,
+        participants_per_round=parts.participants,
+    )
+
+
+def _column(clients: IntArray, results: dict[int, LocalResult], field: str) -> FloatArray:
+    """One number per participant, NaN where there is no result."""
+    return np.array([getattr(results[int(c)], field) if int(c) in results else np.nan for c in clients], dtype=float)
