@@ -1,0 +1,380 @@
+"""The records of a run: every column declared once, and the writer that puts them into Parquet.
+
+Rows go to parts that are closed at checkpoints, so that a crash loses nothing closed; at the end the parts are joined
+part by part, in memory that does not grow with the rounds. Equal rows give equal bytes: no time stamps, and row groups
+of a fixed size wherever the parts were cut.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+
+from fedsim.errors import RunError
+from fedsim.experiment.rundir import PARTS, replacing, sync_folder, writing
+from fedsim.settings import RecordSettings
+from fedsim.specs import FloatArray, Outcome, RoundLearning, RoundPlan, RoundReport
+
+ROW_GROUP = 65_536
+"""Rows of a row group in a joined file."""
+
+DType = Literal["int64", "float64", "string"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its type, unit ("" for none) and meaning."""
+
+    name: str
+    dtype: DType
+    unit: str
+    meaning: str
+
+
+ROUNDS = (
+    Column("round", "int64", "", "round, from 0"),
+    Column("start_s", "float64", "s", "simulated time at which the round opened"),
+    Column("end_s", "float64", "s", "simulated time at which the round closed"),
+    Column("duration_s", "float64", "s", "end_s - start_s"),
+    Column("idle_fraction", "float64", "", "sum of idle_s / sum of durations, over participants; null without any"),
+    Column("participants", "int64", "clients", "clients dispatched"),
+    Column("dropped", "int64", "clients", "clients dispatched whose outcome is not ok"),
+    Column("bytes_down", "float64", "bytes", "received by all clients, also by work cut short"),
+    Column("bytes_up", "float64", "bytes", "sent by all clients, also by work cut short"),
+    Column("energy_j", "float64", "J", "spent by all clients from the opening to the close of the round"),
+    Column("prune_ratio_mean", "float64", "", "mean of prune_ratio over this round's participants"),
+    Column("lora_rank_mean", "float64", "", "mean of lora_rank over this round's participants"),
+    Column("accuracy", "float64", "", "test accuracy after aggregation, mean over the panel; null between evaluations"),
+    Column("loss", "float64", "", "test loss after aggregation, mean over the panel; null between evaluations"),
+    Column("accuracy_consensus", "float64", "", "test accuracy of one model cut to the fleet-mean ratio; null between"),
+    Column("host_s", "float64", "s", "time this computer took (never part of simulated time; differs between runs)"),
+)
+
+CLIENT_ROUNDS = (
+    Column("round", "int64", "", "round, from 0"),
+    Column("client", "int64", "", "client, from 0"),
+    Column("device", "string", "", "device class"),
+    Column("mode", "string", "", "power mode in this round"),
+    Column("prune_ratio", "float64", "", "removed / all prunable weights, achieved after the round"),
+    Column("prune_ratio_target", "float64", "", "the same, as asked for this round"),
+    Column("lora_rank", "int64", "", "LoRA rank in this round"),
+    Column("wait_s", "float64", "s", "from the opening of the round to the start of download"),
+    Column("download_s", "float64", "s", "download"),
+    Column("compute_s", "float64", "s", "local tuning, importance and pruning"),
+    Column("upload_s", "float64", "s", "upload"),
+    Column("idle_s", "float64", "s", "from the client's last activity to the close of the round"),
+    Column("bytes_down", "float64", "bytes", "received, also by work cut short"),
+    Column("bytes_up", "float64", "bytes", "sent, also by work cut short"),
+    Column("energy_j", "float64", "J", "spent from the opening to the close of the round"),
+    Column("peak_memory_bytes", "float64", "bytes", "highest memory use that the job asks for"),
+    Column("outcome", "string", "", f"one of {', '.join(Outcome)}"),
+    Column("loss_before", "float64", "", "loss on the client's fixed probe batch before the job; null if not trained"),
+    Column("loss_after", "float64", "", "the same after the job; null if not trained"),
+    Column("reward", "float64", "", "the bandit's reward, in [0, 1]; null if nothing arrived"),
+)
+
+EVENTS = (
+    Column("time_s", "float64", "s", "simulated time"),
+    Column("round", "int64", "", "round, from 0"),
+    Column("client", "int64", "", "client, from 0; -1 is the server"),
+    Column("event", "string", "", "what changed"),
+    Column("value", "float64", "by event", "what the event carries: bytes, seconds, a count"),
+)
+
+TABLES: Mapping[str, tuple[Column, ...]] = {"rounds": ROUNDS, "client_rounds": CLIENT_ROUNDS, "events": EVENTS}
+"""Every table of a run, by the name of its file without ``.parquet``."""
+
+_ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+
+
+class EventBlock(Protocol):
+    """The trace of one round, as the writer takes it."""
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Arrays of one length, by the names of `EVENTS`."""
+
+
+def schema_of(table: str) -> pa.Schema:
+    """Arrow schema of a table; each field's metadata carries unit and meaning into the file."""
+    return pa.schema(
+        [
+            pa.field(column.name, _ARROW[column.dtype], metadata={"unit": column.unit, "meaning": column.meaning})
+            for column in TABLES[table]
+        ]
+    )
+
+
+def glossary_markdown() -> str:
+    """All columns as Markdown tables, for the README."""
+    lines: list[str] = []
+    for table, columns in TABLES.items():
+        lines += [f"`{table}.parquet`", "", "| column | type | unit | meaning |", "|---|---|---|---|"]
+        lines += [f"| `{column.name}` | {column.dtype} | {column.unit} | {column.meaning} |" for column in columns]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearning) -> pa.Table:
+    """Rows of ``client_rounds``: one per dispatched client, in the order of the plan.
+
+    Every phase is the difference of two timestamps of the report; idle is one too, not what the others leave over.
+
+    Raises:
+        ValueError: plan and report name different clients, or a client's timestamps run backwards.
+    """
+    _check_clocks(plan, report)
+    return _table(
+        "client_rounds",
+        {
+            "round": np.full(len(plan.clients), plan.round_index),
+            "client": plan.clients,
+            "device": report.device,
+            "mode": report.mode,
+            "prune_ratio": learning.ratio,
+            "prune_ratio_target": plan.ratio_target,
+            "lora_rank": plan.rank,
+            "wait_s": report.download_start_s - report.start_s,
+            "download_s": report.download_end_s - report.download_start_s,
+            "compute_s": report.compute_end_s - report.download_end_s,
+            "upload_s": report.upload_end_s - report.compute_end_s,
+            "idle_s": report.end_s - report.upload_end_s,
+            "bytes_down": report.bytes_down,
+            "bytes_up": report.bytes_up,
+            "energy_j": report.energy_joules,
+            "peak_memory_bytes": np.broadcast_to(plan.work.peak_memory_bytes, plan.clients.shape),
+            "outcome": [str(outcome) for outcome in learning.outcome],
+            "loss_before": learning.loss_before,
+            "loss_after": learning.loss_after,
+            "reward": learning.reward,
+        },
+    )
+
+
+def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, host_s: float) -> pa.Table:
+    """The one row of ``rounds``.
+
+    Args:
+        host_s: seconds this computer took for the round.
+    Raises:
+        ValueError: as `client_round_rows`.
+    """
+    _check_clocks(plan, report)
+    duration_s = report.end_s - report.start_s
+    participants = len(plan.clients)
+    client_s = participants * duration_s
+    idle_s = float(np.sum(report.end_s - report.upload_end_s))
+    values: dict[str, float | int | None] = {
+        "round": plan.round_index,
+        "start_s": report.start_s,
+        "end_s": report.end_s,
+        "duration_s": duration_s,
+        "idle_fraction": idle_s / client_s if client_s > 0 else None,
+        "participants": participants,
+        "dropped": sum(outcome != Outcome.OK for outcome in learning.outcome),
+        "bytes_down": float(np.sum(report.bytes_down)),
+        "bytes_up": float(np.sum(report.bytes_up)),
+        "energy_j": float(np.sum(report.energy_joules)),
+        "prune_ratio_mean": _mean(learning.ratio),
+        "lora_rank_mean": _mean(plan.rank),
+        "accuracy": learning.accuracy,
+        "loss": learning.loss,
+        "accuracy_consensus": learning.accuracy_consensus,
+        "host_s": host_s,
+    }
+    return _table("rounds", {name: [value] for name, value in values.items()})
+
+
+class RecordWriter:
+    """Writes the records of one run.
+
+    Rows wait in memory until `close_part`. On a resumed run, parts that reach beyond the checkpoint are deleted: their
+    rounds are played again.
+
+    Args:
+        directory: the run directory.
+        records: which tables to write beside ``rounds``.
+        next_round: the round that comes next (a checkpoint's), 0 for a new run.
+    Raises:
+        RunError: parts before `next_round` are missing, or the folder cannot be written.
+    """
+
+    def __init__(self, directory: Path, records: RecordSettings, next_round: int = 0) -> None:
+        self._directory = directory
+        self._parts = directory / PARTS
+        wanted = {"rounds": True, "client_rounds": records.client_rounds, "events": records.events}
+        self._tables = tuple(table for table in TABLES if wanted[table])
+        self._next_round = next_round
+        self._waiting: dict[str, list[pa.Table]] = {table: [] for table in self._tables}
+        with writing(self._parts):
+            self._parts.mkdir(exist_ok=True)
+            for path, _, _, end in list_parts(self._parts):
+                if end > next_round:
+                    path.unlink()
+            for leftover in self._parts.glob(".*.tmp"):
+                leftover.unlink()
+            sync_folder(self._parts)
+        for table in self._tables:
+            self._check_complete(table)
+
+    def append_round(
+        self, plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: EventBlock, host_s: float
+    ) -> None:
+        """Take the rows of one round; nothing is written yet.
+
+        Raises:
+            ValueError: not the round that comes next, or as `client_round_rows`.
+        """
+        expected = self._next_round + len(self._waiting["rounds"])
+        if plan.round_index != expected:
+            raise ValueError(f"round {plan.round_index} appended where round {expected} comes next")
+        self._waiting["rounds"].append(round_row(plan, report, learning, host_s))
+        if "client_rounds" in self._waiting:
+            self._waiting["client_rounds"].append(client_round_rows(plan, report, learning))
+        if "events" in self._waiting:
+            self._waiting["events"].append(_table("events", block.columns()))
+
+    def close_part(self, next_round: int) -> None:
+        """Write the waiting rows as ``parts/<table>-<first>-<next_round>.parquet`` (the last round not included).
+
+        Call it just before the checkpoint of the same round: killed in between, the parts are deleted at resume.
+
+        Raises:
+            ValueError: `next_round` is not the round that comes next.
+            RunError: full disk, or a folder that cannot be written.
+        """
+        waiting = len(self._waiting["rounds"])
+        if next_round != self._next_round + waiting:
+            raise ValueError(f"part closed at round {next_round} where round {self._next_round + waiting} comes next")
+        if not waiting:
+            return
+        for table, rows in self._waiting.items():
+            path = self._parts / f"{table}-{self._next_round:06d}-{next_round:06d}.parquet"
+            joined = pa.concat_tables(rows).combine_chunks()
+            with replacing(path, joined.nbytes) as temporary:
+                pq.write_table(joined, temporary, compression="zstd", row_group_size=ROW_GROUP)
+        self._waiting = {table: [] for table in self._tables}
+        self._next_round = next_round
+
+    def join(self) -> None:
+        """Join the parts into ``<table>.parquet``, streaming; the parts stay until `remove_parts`.
+
+        Raises:
+            ValueError: rows are waiting that no part holds yet.
+            RunError: a part is missing or damaged, full disk, or a folder that cannot be written.
+        """
+        if self._waiting["rounds"]:
+            raise ValueError("close_part must come before join")
+        for table in self._tables:
+            self._check_complete(table)
+            paths = [path for path, name, _, _ in list_parts(self._parts) if name == table]
+            with replacing(self._directory / f"{table}.parquet") as temporary:
+                _join(paths, temporary, schema_of(table))
+
+    def remove_parts(self) -> None:
+        """Delete the parts, once they are joined and the manifest says so."""
+        with writing(self._parts):
+            shutil.rmtree(self._parts)
+
+    def finish(self) -> None:
+        """`join`, then `remove_parts`."""
+        self.join()
+        self.remove_parts()
+
+    def _check_complete(self, table: str) -> None:
+        reached = 0
+        for path, name, start, end in list_parts(self._parts):
+            if name != table:
+                continue
+            if start != reached:
+                raise RunError(
+                    f"records of rounds {reached} to {start - 1} are missing before '{path}': "
+                    "start the run afresh with --force"
+                )
+            reached = end
+        if reached != self._next_round:
+            raise RunError(
+                f"records '{table}' of rounds {reached} to {self._next_round - 1} are missing in '{self._parts}': "
+                "start the run afresh with --force"
+            )
+
+
+_PART_NAME = re.compile(r"([a-z_]+)-(\d{6,})-(\d{6,})\.parquet")
+
+
+def list_parts(folder: Path) -> list[tuple[Path, str, int, int]]:
+    """Parts in `folder` as ``(path, table, first round, round after the last)``, by table and round."""
+    if not folder.is_dir():
+        return []
+    matches = [(entry, match) for entry in folder.iterdir() if (match := _PART_NAME.fullmatch(entry.name))]
+    found = [(entry, match[1], int(match[2]), int(match[3])) for entry, match in matches]
+    return sorted(found, key=lambda part: part[1:])
+
+
+def _join(paths: Sequence[Path], target: Path, schema: pa.Schema) -> None:
+    """Stream parts into one file of row groups of `ROW_GROUP` rows, wherever the parts end."""
+    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
+        waiting = schema.empty_table()
+        for path in paths:
+            try:
+                for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
+                    rows = pa.Table.from_batches([batch]).cast(schema)
+                    waiting = pa.concat_tables([waiting, rows]).combine_chunks()
+                    while len(waiting) >= ROW_GROUP:
+                        writer.write_table(waiting.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
+                        waiting = waiting.slice(ROW_GROUP)
+            except (pa.ArrowInvalid, FileNotFoundError) as error:
+                raise RunError(
+                    f"records file '{path}' is missing or damaged ({error}): start afresh with --force"
+                ) from None
+        if len(waiting):
+            writer.write_table(waiting, row_group_size=ROW_GROUP)
+
+
+def _table(name: str, values: Mapping[str, ArrayLike | Sequence[Any]]) -> pa.Table:
+    """Arrays as a table in the declared order; NaN becomes null."""
+    arrays = []
+    for column in TABLES[name]:
+        data = values[column.name]
+        if column.dtype == "string":
+            arrays.append(pa.array([str(item) for item in np.asarray(data)], pa.string()))
+        elif column.dtype == "float64":
+            numbers = np.array(data, dtype=np.float64)  # None becomes NaN
+            arrays.append(pa.array(numbers, pa.float64(), mask=np.isnan(numbers)))
+        else:
+            arrays.append(pa.array(np.asarray(data, dtype=np.int64), pa.int64()))
+    return pa.Table.from_arrays(arrays, schema=schema_of(name))
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else None
+
+
+def _check_clocks(plan: RoundPlan, report: RoundReport) -> None:
+    if not np.array_equal(plan.clients, report.clients):
+        raise ValueError(f"round {plan.round_index}: plan and report name different clients")
+    count = len(plan.clients)
+    steps: list[FloatArray] = [
+        np.full(count, report.start_s),
+        report.download_start_s,
+        report.download_end_s,
+        report.compute_end_s,
+        report.upload_end_s,
+        np.full(count, report.end_s),
+    ]
+    for before, after in pairwise(steps):
+        ordered = np.asarray(after) >= np.asarray(before)  # False for NaN, too
+        if not ordered.all():
+            client = plan.clients[int(np.argmin(ordered))]
+            raise ValueError(f"round {plan.round_index}: timestamps of client {client} are missing or run backwards")

@@ -1,0 +1,147 @@
+"""Reading runs: finished ones from their joined files, unfinished ones from the parts closed so far."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from fedsim.errors import RunError
+from fedsim.experiment.records import TABLES, list_parts, schema_of
+from fedsim.experiment.rundir import CONFIG, MANIFEST, PARTS, read_manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run on disk. Tables are read when first asked for; see `fedsim.experiment.records` for their columns.
+
+    Attributes:
+        path: the run directory.
+        config: ``config.yaml``, resolved.
+        manifest: ``manifest.json``.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def method(self) -> str:
+        """Name of the method."""
+        return str(self.manifest.get("method", self.config.get("method", "?")))
+
+    @property
+    def seed(self) -> int:
+        """Root seed."""
+        return int(self.manifest.get("seed", self.config.get("seed", 0)))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return bool(self.manifest["status"] == "finished")
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """One row per round."""
+        return self._read("rounds")
+
+    @cached_property
+    def client_rounds(self) -> pd.DataFrame:
+        """One row per round and dispatched client; RunError where ``records.client_rounds`` was false."""
+        return self._read("client_rounds")
+
+    @cached_property
+    def events(self) -> pd.DataFrame:
+        """One row per change of state; RunError where ``records.events`` was false."""
+        return self._read("events")
+
+    def has(self, table: str) -> bool:
+        """Whether the run records the table (``rounds``, ``client_rounds``, ``events``)."""
+        records = self.config.get("records") or {}
+        return bool(table == "rounds" or records.get(table, True))
+
+    def summary(self) -> str:
+        """One line: method, seed, rounds, simulated seconds, last accuracy, path."""
+        rounds = self.rounds
+        facts = [f"{self.method} seed {self.seed}", f"{len(rounds)} rounds"]
+        if len(rounds):
+            facts.append(f"{rounds['end_s'].iloc[-1]:,.0f} simulated s")
+            facts.append(f"idle {rounds['idle_fraction'].mean():.1%}")
+        tested = rounds["accuracy"].dropna()
+        if len(tested):
+            facts.append(f"accuracy {tested.iloc[-1]:.3f}")
+        if not self.finished:
+            facts.append("unfinished")
+        return f"{', '.join(facts)}: {self.path}"
+
+    def _read(self, table: str) -> pd.DataFrame:
+        if not self.has(table):
+            raise RunError(f"run '{self.path}' has no {table}: it ran with records.{table}: false")
+        joined = self.path / f"{table}.parquet"
+        parts = [path for path, name, _, _ in list_parts(self.path / PARTS) if name == table]
+        if self.finished:
+            parts = [joined]
+        try:
+            tables = [pq.read_table(path).cast(schema_of(table)) for path in parts]
+        except FileNotFoundError as error:
+            raise RunError(f"records file '{error.filename or joined}' of run '{self.path}' is missing") from None
+        except (pa.ArrowInvalid, ValueError) as error:
+            raise RunError(f"records '{table}' of run '{self.path}' are damaged: {error}") from None
+        whole = pa.concat_tables(tables) if tables else schema_of(table).empty_table()
+        return whole.to_pandas()[[column.name for column in TABLES[table]]]
+
+
+def load(path: str | Path) -> Run:
+    """Open a run directory, finished or not.
+
+    Raises:
+        RunError: no such directory, not a run, or a damaged manifest or configuration.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RunError(f"no such run directory: '{path}'")
+    manifest = read_manifest(path)
+    file = path / CONFIG
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError(f"cannot read '{file}': {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise RunError(f"'{file}' is damaged (not a YAML mapping)")
+    return Run(path, config, manifest)
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Run]:
+    """All runs at or below the given folders, in the order given, then by path; each once.
+
+    Raises:
+        RunError: no such directory, or no run below it.
+    """
+    found: dict[Path, Run] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise RunError(f"no such run directory: '{path}'")
+        below = list(_run_folders(path))
+        if not below:
+            raise RunError(f"no run in '{path}': neither it nor a folder below it has a {MANIFEST}")
+        for folder in below:
+            found.setdefault(folder.resolve(), load(folder))
+    return list(found.values())
+
+
+def _run_folders(top: Path) -> Iterable[Path]:
+    for folder, names, files in os.walk(top):
+        if MANIFEST in files:
+            names.clear()  # a run holds no other run
+            yield Path(folder)
+        names.sort()

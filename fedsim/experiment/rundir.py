@@ -1,0 +1,292 @@
+"""The folder of one run: who may write in it, and how a file gets there whole or not at all.
+
+A writer holds an exclusive lock (``flock`` on ``.lock``), which the kernel releases when the process ends in whatever
+way, so that a killed run never stays locked. Every file is written under a temporary name in the same folder, forced
+to disk, and renamed: a reader sees the old file or the new one, never a half of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedsim.errors import RunError
+
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+PARTS = "parts"
+CHECKPOINT = "checkpoint"
+LOCK = ".lock"
+TEMPORARY_SUFFIX = ".tmp"
+
+_OWN_FILES = (MANIFEST, CONFIG, "rounds.parquet", "client_rounds.parquet", "events.parquet")
+_OWN_FOLDERS = (PARTS, CHECKPOINT, "adapter")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def writing(path: Path, need_bytes: int | None = None) -> Iterator[None]:
+    """Turn an `OSError` met while writing `path` into one sentence.
+
+    Args:
+        need_bytes: size of what was to be written, for the message.
+    Raises:
+        RunError: the disk is full, the folder cannot be written, or the system refused for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            need = "" if need_bytes is None else f" ({need_bytes:,} bytes were to be written)"
+            raise RunError(
+                f"cannot write '{path}': the disk is full{need}; free some space, then go on with --resume"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise RunError(
+                f"cannot write '{path}': no permission to write there; give a folder that you may write to (--out)"
+            ) from error
+        raise RunError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's entries (names made or replaced in it) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def replacing(path: Path, need_bytes: int | None = None) -> Iterator[Path]:
+    """Give a temporary path to write to; on success force it to disk and rename it to `path`.
+
+    The temporary file is removed when anything fails.
+
+    Raises:
+        RunError: as `writing`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    with writing(path, need_bytes):
+        try:
+            yield temporary
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, whole or not at all.
+
+    Raises:
+        RunError: full disk or a folder that cannot be written.
+    """
+    with replacing(path, len(content)) as temporary, temporary.open("wb") as stream:
+        stream.write(content)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """`atomic_write_bytes` of UTF-8 text."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def json_text(value: object) -> str:
+    """JSON with sorted keys and a final newline; NaN and infinity are refused (they are not JSON)."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def atomic_write_json(path: Path, value: object) -> None:
+    """`atomic_write_text` of `json_text`."""
+    atomic_write_text(path, json_text(value))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the run directory `path`.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"'{path}' is not a run directory: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise RunError(f"cannot read '{file}': {error.strerror or error}") from error
+    except ValueError:
+        raise RunError(f"'{file}' is damaged (not valid JSON): restore it, or start afresh with --force") from None
+    if not isinstance(manifest, dict) or manifest.get("status") not in ("running", "stopped", "finished"):
+        raise RunError(
+            f"'{file}' is damaged (no status of running, stopped or finished): restore it, or start afresh with --force"
+        )
+    return manifest
+
+
+class RunDirectory:
+    """A run directory held for writing, as a context manager. Made by `create` or `open_for_resume`.
+
+    Attributes:
+        path: the folder.
+        manifest: the manifest as last written or read; empty before the first.
+    """
+
+    def __init__(self, path: Path, lock: int, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self._lock: int | None = lock
+        self._manifest = dict(manifest)
+
+    @classmethod
+    def create(cls, path: str | Path, force: bool) -> RunDirectory:
+        """Make and lock the folder of a new run.
+
+        Args:
+            force: remove the run that is there. Only what a run writes is removed, never a foreign file.
+        Raises:
+            RunError: another process writes there, a run or foreign files are there and not `force`, or the folder
+                cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"run directory '{path}' is a file; give another folder (--out)")
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(path)
+        try:
+            if force:
+                _remove_run(path)
+            else:
+                _refuse_used(path)
+        except BaseException:
+            _release(lock)
+            raise
+        return cls(path, lock, {})
+
+    @classmethod
+    def open_for_resume(cls, path: str | Path) -> RunDirectory:
+        """Lock the folder of a run to go on with it. A finished run opens too: see ``manifest["status"]``.
+
+        Raises:
+            RunError: no run is there, it never began, it is damaged, or another process writes there.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise RunError(f"run directory '{path}' does not exist: nothing to resume; start it without --resume")
+        if not (path / MANIFEST).exists():
+            raise RunError(f"'{path}' has no {MANIFEST}: the run never began; start it without --resume")
+        lock = _acquire(path)
+        try:
+            manifest = read_manifest(path)
+        except BaseException:
+            _release(lock)
+            raise
+        return cls(path, lock, manifest)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as last written or read (a copy)."""
+        return dict(self._manifest)
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace ``manifest.json``."""
+        self._check_held()
+        atomic_write_json(self.path / MANIFEST, dict(manifest))
+        self._manifest = dict(manifest)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the run."""
+        self._check_held()
+        atomic_write_text(self.path / name, text)
+
+    def close(self) -> None:
+        """Release the lock. Closing twice does nothing."""
+        if self._lock is not None:
+            _release(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_held(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"run directory '{self.path}' is closed")
+
+
+def _acquire(path: Path) -> int:
+    file = path / LOCK
+    with writing(file):
+        # Never removed: a lock on a file that another process has unlinked would protect nothing.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise RunError(
+                f"run directory '{path}' is in use by another process: wait for its end, or give another --out"
+            ) from None
+        raise RunError(f"cannot lock run directory '{path}': {error.strerror or error}") from error
+    return descriptor
+
+
+def _release(descriptor: int) -> None:
+    # Unlocked by name, not by closing alone: a forked worker may still hold a copy of the descriptor.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _refuse_used(path: Path) -> None:
+    """Raise unless the folder is empty, or holds only what a run leaves that was stopped before it began."""
+    if (path / MANIFEST).exists():
+        status = read_manifest(path)["status"]
+        if status == "finished":
+            raise RunError(
+                f"run directory '{path}' holds a finished run: overwrite it with --force, or give another --out"
+            )
+        raise RunError(
+            f"run directory '{path}' holds an unfinished run: go on with --resume, or overwrite it with --force"
+        )
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in (LOCK, CONFIG) and not entry.name.endswith(TEMPORARY_SUFFIX)
+    )
+    if foreign:
+        raise RunError(
+            f"run directory '{path}' is not empty and holds no {MANIFEST} (first entry: '{foreign[0]}'): "
+            "give another folder (--out), or write into it with --force"
+        )
+
+
+def _remove_run(path: Path) -> None:
+    """Remove a run's own files; the manifest first, so that what is left by a kill never looks like a run."""
+    with writing(path):
+        for name in _OWN_FILES:
+            (path / name).unlink(missing_ok=True)
+        for name in _OWN_FOLDERS:
+            if (path / name).is_dir():
+                shutil.rmtree(path / name)
+        for leftover in path.glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+        sync_folder(path)
