@@ -208,6 +208,12 @@ def lora_weights(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> FloatArr
     return np.asarray(rank, dtype=np.float64) * widths
 
 
+def tuned_weights(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> FloatArray:
+    """Weights that full tuning trains, the classification head apart: kept blocks of the trained layers, embeddings."""
+    blocks = block_weights(shape, kept.heads_trained, kept.channels_trained)
+    return blocks + (shape.embedding_weights if _embeddings_trained(shape, setting) else 0)
+
+
 def _elementwise_values(
     shape: ModelShape, setting: StepSetting, layers: int, heads: FloatArray, channels: FloatArray
 ) -> FloatArray:
@@ -273,9 +279,6 @@ def work_of_sums(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: St
     # Embedding rows are read, added and normalised: 6 hidden-wide passes.
     moved = size * (weights_all + tokens * (widths_all + 6.0 * shape.hidden) + elementwise)
     launches = float(MODEL_LAUNCHES + shape.layers * FORWARD_LAUNCHES[shape.gated])
-    resident = size * (weights_all + shape.embedding_weights + shape.head_weights + _small_weights(shape, kept))
-    workspace = size * tokens * (2.0 * shape.ffn + shape.heads * setting.seq_len)
-    grown = np.zeros_like(flops)
 
     if setting.tuning != "inference":
         widths_top = _linear_widths(shape, top, kept.heads_trained, kept.channels_trained)
@@ -290,23 +293,43 @@ def work_of_sums(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: St
         if lora:
             adapter = lora_weights(shape, kept, rank)
             trained = trained + adapter
-            resident = resident + TRAINED_BYTES * adapter
             flops = flops + 3.0 * 2.0 * tokens * adapter
             moved = moved + size * LORA_PASSES * tokens * widths_top
             launches += top * linears_per_layer(shape) * (LORA_LAUNCHES_FORWARD + LORA_LAUNCHES_BACKWARD)
         if full:
-            trained = trained + weights_top + (shape.embedding_weights if embeddings else 0)
+            trained = trained + tuned_weights(shape, setting, kept)
             flops = flops + linear_flops
             moved = moved + size * (weights_top + tokens * widths_top)
             if embeddings:
                 moved = moved + 2.0 * size * shape.embedding_weights
         moved = moved + ADAMW_PASSES * TRAINED_BYTES * trained
-        if full and size < TRAINED_BYTES:
-            resident = resident + TRAINED_BYTES * trained  # fp32 masters of what is tuned
-        grown = size * _saved_values(shape, setting, kept) + 3.0 * TRAINED_BYTES * trained
 
-    peak = FRAMEWORK_BYTES + resident + workspace + MEMORY_GROWTH * grown
+    settled, growing = memory_parts(shape, kept, rank, setting)
+    peak = FRAMEWORK_BYTES + settled + MEMORY_GROWTH * growing
     return StepWork(flops, moved, np.asarray(launches), peak)
+
+
+def memory_parts(
+    shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting
+) -> tuple[FloatArray, FloatArray]:
+    """Memory of a step in bytes, framework apart: (weights and workspace, what `MEMORY_GROWTH` applies to)."""
+    size = BYTES_PER_VALUE[setting.precision]
+    weights = block_weights(shape, kept.heads_all, kept.channels_all)
+    settled = size * (weights + shape.embedding_weights + shape.head_weights + _small_weights(shape, kept))
+    settled = settled + size * setting.tokens * (2.0 * shape.ffn + shape.heads * setting.seq_len)
+    if setting.tuning == "inference":
+        return settled, np.zeros_like(settled)
+    trained: FloatArray = np.asarray(float(shape.head_weights))
+    if setting.tuning == "lora":
+        adapter = lora_weights(shape, kept, rank)
+        trained = trained + adapter
+        settled = settled + TRAINED_BYTES * adapter
+    else:
+        trained = trained + tuned_weights(shape, setting, kept)
+        if size < TRAINED_BYTES:
+            settled = settled + TRAINED_BYTES * trained  # fp32 masters of what is tuned
+    # Saved activations, gradients, two moments.
+    return settled, size * _saved_values(shape, setting, kept) + 3.0 * TRAINED_BYTES * trained
 
 
 def _small_weights(shape: ModelShape, kept: KeptSums) -> FloatArray:
