@@ -1,0 +1,103 @@
+"""Device profiles and estimates as text, and as what JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from fedsim.cost.device import DeviceProfile, PowerMode, Quantity, load_profile, profile_names, rates_of
+
+_ESTIMATE_ROWS = (
+    ("step_time_s", "time of a step", 1.0, "s"),
+    ("compute_s", "  arithmetic", 1.0, "s"),
+    ("memory_s", "  memory traffic", 1.0, "s"),
+    ("launch_s", "  kernel launches", 1.0, "s"),
+    ("samples_per_s", "samples per second", 1.0, "1/s"),
+    ("energy_j", "energy of a step", 1.0, "J"),
+    ("peak_memory_bytes", "peak memory", 1e-9, "GB"),
+    ("flops", "operations", 1e-9, "GFLOP"),
+    ("memory_bytes", "memory traffic", 1e-9, "GB"),
+    ("upload_bytes", "upload of an update", 1e-6, "MB"),
+)
+
+
+def _quantities(record: DeviceProfile | PowerMode) -> list[tuple[str, Quantity]]:
+    pairs = ((field.name, getattr(record, field.name)) for field in fields(record))
+    return [(name, value) for name, value in pairs if isinstance(value, Quantity)]
+
+
+def profile_as_dict(profile: DeviceProfile) -> dict[str, Any]:
+    """Every number of a profile with unit, status, source, low and high; for JSON."""
+    shared = {name: asdict(quantity) for name, quantity in _quantities(profile)}
+    modes = {
+        name: {field: asdict(quantity) for field, quantity in _quantities(mode)} for name, mode in profile.modes.items()
+    }
+    return {
+        "name": profile.name,
+        "description": profile.description,
+        "default_mode": profile.default_mode,
+        **shared,
+        "modes": modes,
+    }
+
+
+def profile_text(profile: DeviceProfile) -> str:
+    """A table of every number of a profile, modes below."""
+    rows = [_quantity_row(name, quantity) for name, quantity in _quantities(profile)]
+    for name, mode in profile.modes.items():
+        mark = " (default: the fastest)" if name == profile.default_mode else ""
+        rows.append([f"mode {name}{mark}"])
+        rows += [_quantity_row(f"  {field}", quantity) for field, quantity in _quantities(mode)]
+    header = ["number", "value", "unit", "status", "low", "high", "source"]
+    return f"{profile.name}: {profile.description}\n\n{table(header, rows)}"
+
+
+def _quantity_row(name: str, quantity: Quantity) -> list[str]:
+    numbers = [f"{number:.6g}" for number in (quantity.value, quantity.low, quantity.high)]
+    return [name, numbers[0], quantity.unit, quantity.status, numbers[1], numbers[2], quantity.source]
+
+
+def devices_as_list() -> list[dict[str, Any]]:
+    """Every built-in profile, for JSON."""
+    return [profile_as_dict(load_profile(name)) for name in profile_names()]
+
+
+def devices_text() -> str:
+    """One line per built-in device: default mode, its rates, memory, and what the efficiency rests on."""
+    rows = []
+    for name in profile_names():
+        profile = load_profile(name)
+        rates = rates_of(profile, None, "fp32")
+        rows.append(
+            [
+                name,
+                profile.default_mode,
+                str(len(profile.modes)),
+                f"{float(rates.flops_per_s) / 1e12:.3f}",
+                f"{float(rates.memory_bytes_per_s) / 1e9:.1f}",
+                f"{float(rates.usable_memory_bytes) / 1e9:.1f}",
+                f"{profile.efficiency_fp32.value:.3f} ({profile.efficiency_fp32.status})",
+            ]
+        )
+    header = ["device", "default mode", "modes", "TFLOP/s", "GB/s", "usable GB", "fp32 efficiency"]
+    return table(header, rows)
+
+
+def estimate_text(numbers: Mapping[str, float | bool]) -> str:
+    """The result of `fedsim.cost.estimate.estimate` as a table with units."""
+    rows = [[label, f"{float(numbers[key]) * scale:.4g}", unit] for key, label, scale, unit in _ESTIMATE_ROWS]
+    rows.append(["fits in memory", "yes" if numbers["fits_memory"] else "no", ""])
+    return table(["quantity", "value", "unit"], rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to their widest cell; a row of one cell spans the table and widens nothing."""
+    full = [row for row in (header, *rows) if len(row) == len(header)]
+    widths = [max(len(row[column]) for row in full) for column in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip()
+
+    rule = "  ".join("-" * min(width, 60) for width in widths)
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
