@@ -1,0 +1,110 @@
+"""The client process: wait, download, compute, upload, then idle until the round closes.
+
+All durations of a round are computed at once beforehand (`Itinerary`); the process plays them as SimPy timeouts and
+writes down the clock at each change. What the close of the round interrupts ends at that moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import simpy
+
+from fedsim.sim.trace import Event, Trace
+
+PHASES = 3
+"""Download, compute, upload."""
+
+
+@dataclass(frozen=True)
+class Itinerary:
+    """What one client is about to do in a round.
+
+    Attributes:
+        fits_memory: False: the client downloads, finds that the job does not fit, and stops.
+    """
+
+    client: int
+    download_s: float
+    compute_s: float
+    upload_s: float
+    download_bytes: float
+    upload_bytes: float
+    peak_memory_bytes: float
+    fits_memory: bool
+
+
+class RoundBoard:
+    """What the processes of one round write down, by slot (the client's position among the participants).
+
+    Attributes:
+        download_start_s, download_end_s, compute_end_s, upload_end_s: the clock at each change; NaN until it happens.
+        released_s: the clock when the client learned that the round had closed.
+        phases_done: completed phases out of `PHASES`; an update has arrived when all are.
+        enough: fires when as many updates as the server waits for have arrived, or nobody is left at work.
+        closed: fires when the server closes the round.
+    """
+
+    def __init__(self, env: simpy.Environment, participants: int, quota: int) -> None:
+        self.download_start_s = [math.nan] * participants
+        self.download_end_s = [math.nan] * participants
+        self.compute_end_s = [math.nan] * participants
+        self.upload_end_s = [math.nan] * participants
+        self.released_s = [math.nan] * participants
+        self.phases_done = [0] * participants
+        self.at_work = [True] * participants
+        self.arrived = 0
+        self.enough = env.event()
+        self.closed = env.event()
+        self._working = participants
+        self._quota = quota
+
+    def finish(self, slot: int, *, arrived: bool) -> None:
+        """A client's own part of the round is over."""
+        self.at_work[slot] = False
+        self._working -= 1
+        self.arrived += arrived
+        if (self.arrived >= self._quota or self._working == 0) and not self.enough.triggered:
+            self.enough.succeed()
+
+    def cut(self, slot: int, now_s: float) -> None:
+        """The round closed while the client was at work: what it had not ended ends now."""
+        self.at_work[slot] = False
+        for stamps in (self.download_start_s, self.download_end_s, self.compute_end_s, self.upload_end_s):
+            if math.isnan(stamps[slot]):
+                stamps[slot] = now_s
+
+
+def client_process(
+    env: simpy.Environment, slot: int, round_index: int, trip: Itinerary, board: RoundBoard, trace: Trace
+) -> Generator[simpy.Event, Any, None]:
+    """Play one client's round. Nothing makes a client wait yet: its download starts at once."""
+    client = trip.client
+    board.download_start_s[slot] = env.now
+    trace.add(env.now, round_index, client, Event.DOWNLOAD_START, trip.download_bytes)
+    try:
+        yield env.timeout(trip.download_s)
+        board.download_end_s[slot] = env.now
+        board.phases_done[slot] = 1
+        trace.add(env.now, round_index, client, Event.DOWNLOAD_END, trip.download_bytes)
+        if trip.fits_memory:
+            yield env.timeout(trip.compute_s)
+            board.compute_end_s[slot] = env.now
+            board.phases_done[slot] = 2
+            trace.add(env.now, round_index, client, Event.COMPUTE_END, trip.compute_s)
+            yield env.timeout(trip.upload_s)
+            board.upload_end_s[slot] = env.now
+            board.phases_done[slot] = PHASES
+            trace.add(env.now, round_index, client, Event.UPLOAD_END, trip.upload_bytes)
+        else:
+            board.compute_end_s[slot] = board.upload_end_s[slot] = env.now
+            trace.add(env.now, round_index, client, Event.OUT_OF_MEMORY, trip.peak_memory_bytes)
+        board.finish(slot, arrived=trip.fits_memory)
+        yield board.closed
+    except simpy.Interrupt:
+        board.cut(slot, env.now)
+        trace.add(env.now, round_index, client, Event.LATE, board.phases_done[slot])
+    board.released_s[slot] = env.now

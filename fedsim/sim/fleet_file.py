@@ -1,0 +1,221 @@
+"""Fleet files: which devices, in which power modes, behind which links. Reading and checking only.
+
+A fleet file is YAML:
+
+.. code-block:: yaml
+
+    name: my-fleet
+    description: what it stands for          # optional
+    clients: 80                              # default: one per listed device
+    mode_period: 20                          # rounds between re-draws of the power modes; 0 (default): never
+    compute_jitter_sigma: {value: 0.02, unit: "1", status: assumed, source: "...", low: 0.0, high: 0.1}
+    devices:                                 # client i is device (i mod length of this list)
+      - {profile: jetson-tx2, count: 3}      # a built-in profile; count (default 1) repeats the line
+      - {profile: my-board.yaml, mode: uniform}          # a YAML profile beside this file; any of its modes, evenly
+      - {profile: jetson-orin-nano, mode: MODE_15W}      # one fixed mode
+      - {profile: jetson-nano, mode: {MAXN: 0.7, 5W: 0.3}, link: slow}
+    links:                                   # device j of the list, in the b-th pass over it, gets link (j + b) mod n
+      fast: {down_mbps: 20, up_mbps: {low: 15, high: 25}, latency_ms: 5, jitter_sigma: 0.1}
+      slow: {down_mbps: 3, up_mbps: 3}
+
+`mode` is ``fastest`` (default: the profile's default mode), ``uniform``, a mode's name, or weights by name. A number is
+``{value, unit, status, source, low, high, draw}``: with ``draw: fixed`` (default) every client has `value`, and `low`
+and `high` are its uncertainty; with ``draw: uniform`` each client draws its own between `low` and `high`. In short, a
+bare number is a fixed value and ``{low, high}`` without `value` a uniform draw; both count as ``assumed``.
+Every client is the same whatever the number of clients.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedsim.errors import ProfileError, nearest, unknown
+from fedsim.resources import resource_folder
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Number(_Part):
+    """A number with its standing; `low` and `high` bound its uncertainty, or the clients' draws (``draw: uniform``)."""
+
+    value: float
+    low: float
+    high: float
+    unit: str | None = None
+    status: Literal["spec", "measured", "derived", "extrapolated", "assumed"] = "assumed"
+    source: str = "the fleet file"
+    draw: Literal["fixed", "uniform"] = "fixed"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, given: Any) -> Any:
+        if isinstance(given, (int, float)) and not isinstance(given, bool):
+            return {"value": given, "low": given, "high": given}
+        if not isinstance(given, dict):
+            raise ValueError("must be a number, {low, high}, or {value, unit, status, source, low, high}")
+        given = dict(given)
+        if "value" in given:
+            given.setdefault("low", given["value"])
+            given.setdefault("high", given["value"])
+        elif isinstance(given.get("low"), (int, float)) and isinstance(given.get("high"), (int, float)):
+            given["value"] = 0.5 * (given["low"] + given["high"])
+            given.setdefault("draw", "uniform")
+        return given
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Number:
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"must have low <= value <= high, not {self.low:g}, {self.value:g}, {self.high:g}")
+        return self
+
+    @property
+    def smallest(self) -> float:
+        """The smallest value that any client can get."""
+        return self.low if self.draw == "uniform" else self.value
+
+
+def _fixed(value: float) -> Number:
+    return Number(value=value, low=value, high=value, source="default of fleet files")
+
+
+class LinkSpec(_Part):
+    """One kind of link. Bandwidths in Mb/s (10^6 bits per second), latency in ms one way."""
+
+    down_mbps: Number
+    up_mbps: Number
+    latency_ms: Number = _fixed(0.0)
+    jitter_sigma: Number = _fixed(0.0)
+
+    @model_validator(mode="after")
+    def _sane(self) -> LinkSpec:
+        for name, unit in (("down_mbps", "Mb/s"), ("up_mbps", "Mb/s"), ("latency_ms", "ms"), ("jitter_sigma", "1")):
+            number: Number = getattr(self, name)
+            _check_unit(name, number, unit)
+            if number.smallest < 0 or (name.endswith("mbps") and number.smallest == 0):
+                bound = "above 0" if name.endswith("mbps") else "at least 0"
+                raise ValueError(f"{name} is {number.smallest:g}, it must be {bound}")
+        return self
+
+
+class DeviceSpec(_Part):
+    """`count` devices of one kind."""
+
+    profile: str
+    count: PositiveInt = 1
+    mode: str | dict[str, Annotated[float, Field(gt=0)]] = "fastest"
+    link: str | None = None
+
+
+class FleetFile(_Part):
+    """A whole fleet file, checked but for the names of profiles and modes."""
+
+    name: str
+    description: str = ""
+    clients: PositiveInt | None = None
+    mode_period: Annotated[int, Field(ge=0)] = 0
+    compute_jitter_sigma: Number = _fixed(0.02)
+    devices: Annotated[list[DeviceSpec], Field(min_length=1)]
+    links: Annotated[dict[str, LinkSpec], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FleetFile:
+        _check_unit("compute_jitter_sigma", self.compute_jitter_sigma, "1")
+        if self.compute_jitter_sigma.smallest < 0 or self.compute_jitter_sigma.draw != "fixed":
+            raise ValueError("compute_jitter_sigma must be one fixed number of at least 0")
+        for device in self.devices:
+            if device.link is not None and device.link not in self.links:
+                raise ValueError(unknown("link", device.link, self.links))
+        return self
+
+    @property
+    def pattern(self) -> list[DeviceSpec]:
+        """The listed devices one by one, counts expanded."""
+        return [device for device in self.devices for _ in range(device.count)]
+
+
+def _check_unit(name: str, number: Number, unit: str) -> None:
+    if number.unit not in (None, unit):
+        raise ValueError(f"{name} has the unit '{number.unit}' (allowed: '{unit}')")
+
+
+def fleet_names() -> list[str]:
+    """Names of the built-in fleets."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def _folder() -> Path:
+    return resource_folder("device_profiles") / "fleets"
+
+
+def fleet_path(name: str) -> Path:
+    """The file of a built-in fleet, or of a user's own.
+
+    Raises:
+        ProfileError: neither a built-in fleet nor an existing YAML file.
+    """
+    if name in fleet_names():
+        return _folder() / f"{name}.yaml"
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ProfileError(f"fleet.name is '{name}', but there is no such file")
+    raise ProfileError(f"fleet.name: {unknown('fleet', name, fleet_names())}, or the path of a YAML file")
+
+
+def read_fleet_file(path: Path) -> FleetFile:
+    """Read and check a fleet file.
+
+    Raises:
+        ProfileError: the file cannot be read, is not YAML, or a field is missing, unknown or out of range.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(f"fleet file '{path}' cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ProfileError(f"fleet file '{path}' is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ProfileError(
+            f"fleet file '{path}' must hold keys and values (allowed: {', '.join(FleetFile.model_fields)})"
+        )
+    try:
+        return FleetFile.model_validate(content)
+    except ValidationError as error:
+        raise ProfileError(f"fleet file '{path}': {_sentence(error)}") from error
+
+
+_MODELS: dict[str, type[BaseModel]] = {"devices": DeviceSpec, "links": LinkSpec}
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first of pydantic's complaints: field, value and what is allowed."""
+    complaints = error.errors()
+    # A mode may be a name or weights: where both readings fail, the one that got further says more.
+    same_field = [each for each in complaints if each["loc"][:3] == complaints[0]["loc"][:3]]
+    first = max(same_field, key=lambda each: len(each["loc"]))
+    parts = [str(part) for part in first["loc"]]
+    field = ".".join(part for part in parts if part != "str" and not part.startswith("dict[")) or "the file"
+    if first["type"] == "extra_forbidden":
+        key, parents = str(first["loc"][-1]), first["loc"][:-1]
+        if not parents:
+            fields = FleetFile.model_fields
+        elif len(parents) == 2 and parents[0] in _MODELS:
+            fields = _MODELS[str(parents[0])].model_fields
+        else:
+            fields = Number.model_fields
+        return f"{field} is not a known key{nearest(key, fields)} (allowed: {', '.join(fields)})"
+    if first["type"] == "missing":
+        return f"{field} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    value = first["input"]
+    shown = f" is {value!r}" if isinstance(value, (str, int, float, bool, type(None), list)) else ""
+    return f"{field}{shown}: {message[0].lower()}{message[1:]}"

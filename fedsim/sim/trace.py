@@ -1,0 +1,113 @@
+"""The event log of a run: one record per change of state, in columns, with a hash that identifies the run.
+
+The hash is chained: the digest of a block (one round) covers the digest before it and the block's own records. A run
+that resumes from a checkpoint therefore needs the last digest only, and ends with the digest of an uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.specs import FloatArray, IntArray
+
+SERVER = -1
+"""The client number of the server's own records."""
+
+START_HASH = "0" * 64
+"""The digest before the first record."""
+
+
+class Event(IntEnum):
+    """What changed, and what `value` then holds. The numbers order ties and enter the hash: only add."""
+
+    ROUND_OPEN = 0  # clients dispatched
+    MODE = 1  # index of the power mode that holds from now on
+    DOWNLOAD_START = 2  # bytes to come
+    DOWNLOAD_END = 3  # bytes received
+    OUT_OF_MEMORY = 4  # peak bytes that the job would need
+    COMPUTE_END = 5  # seconds computed
+    UPLOAD_END = 6  # bytes sent
+    LATE = 7  # phases completed when the round closed: 0 none, 1 download, 2 compute
+    ROUND_CLOSE = 8  # updates that arrived
+
+
+_NAMES = np.array([event.name.lower() for event in Event])
+
+
+@dataclass(frozen=True, eq=False)
+class TraceBlock:
+    """The records of one round, shape (records,), ordered by time, then event, then client.
+
+    Attributes:
+        client: `SERVER` (-1) for the server's own records.
+        code: numbers of `Event`.
+        digest: hexadecimal SHA-256 over all records of the run up to and with this block.
+    """
+
+    time_s: FloatArray
+    round: IntArray
+    client: IntArray
+    code: IntArray
+    value: FloatArray
+    digest: str
+
+    @property
+    def event(self) -> NDArray[np.str_]:
+        """Names of the events, in lower case."""
+        names: NDArray[np.str_] = _NAMES[self.code]
+        return names
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """The block as named columns, as the records writer takes them."""
+        return {
+            "time_s": self.time_s,
+            "round": self.round,
+            "client": self.client,
+            "event": self.event,
+            "value": self.value,
+        }
+
+
+class Trace:
+    """Collects records and hands them out in blocks.
+
+    Args:
+        digest: the hash so far, 64 hexadecimal digits (a resumed run's last one).
+    """
+
+    def __init__(self, digest: str = START_HASH) -> None:
+        self._digest = digest
+        self._rows: list[tuple[float, int, int, int, float]] = []
+
+    @property
+    def digest(self) -> str:
+        """The hash up to the last block taken."""
+        return self._digest
+
+    def add(self, time_s: float, round_index: int, client: int, event: Event, value: float) -> None:
+        """Record one change of state."""
+        self._rows.append((time_s, round_index, client, event, value))
+
+    def take_block(self) -> TraceBlock:
+        """Close the block: order its records, extend the hash, and forget them.
+
+        Ties in time are ordered by event and client, not by the order in which the event loop happened to run.
+        """
+        rows, self._rows = self._rows, []
+        columns = list(zip(*rows, strict=True)) if rows else [()] * 5
+        time_s = np.array(columns[0], dtype="<f8")
+        round_index, client, code = (np.array(column, dtype="<i8") for column in columns[1:4])
+        value = np.array(columns[4], dtype="<f8")
+        order = np.lexsort((client, code, time_s))
+        ordered = [column[order] for column in (time_s, round_index, client, code, value)]
+        digest = hashlib.sha256(bytes.fromhex(self._digest))
+        for column in ordered:
+            digest.update(column.tobytes())
+        self._digest = digest.hexdigest()
+        time_s, round_index, client, code, value = ordered
+        return TraceBlock(time_s, round_index, client, code, value, self._digest)

@@ -1,0 +1,108 @@
+"""Toys for the simulation's tests: a fleet whose durations are given, and a strategy that plans nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from fedsim.sim.server import SimState, simulate
+from fedsim.specs import RoundLearning, RoundPlan, Work
+
+
+@dataclass
+class ToyFleet:
+    """Durations by client, the same in every round, but for an optional factor of (round, client) on computing."""
+
+    download_s: Any
+    compute_s: Any
+    upload_s: Any
+    usable_bytes: float = 100.0
+    latency_s: float = 0.0
+    wobble: Any = None
+
+    @property
+    def clients(self):
+        return len(self.download_s)
+
+    @property
+    def device_of(self):
+        return np.array(["toy"] * self.clients)
+
+    def modes(self, round_index, clients=None):
+        return np.zeros(self.clients, dtype=np.int64)
+
+    def mode_names(self, round_index, clients):
+        return np.array(["only"] * len(clients))
+
+    def rates(self, round_index, clients):
+        ones = np.ones(len(clients))
+        return SimpleNamespace(
+            busy_power_watts=10.0 * ones,
+            idle_power_watts=2.0 * ones,
+            radio_power_watts=3.0 * ones,
+            usable_memory_bytes=self.usable_bytes * ones,
+        )
+
+    def download_seconds(self, round_index, clients, bytes_):
+        return np.asarray(self.download_s, float)[clients]
+
+    def compute_seconds(self, round_index, clients, work):
+        factor = 1.0 if self.wobble is None else self.wobble(round_index, clients)
+        return np.asarray(self.compute_s, float)[clients] * factor
+
+    def upload_seconds(self, round_index, clients, bytes_):
+        return np.asarray(self.upload_s, float)[clients]
+
+    def latency(self, clients):
+        return np.full(len(clients), self.latency_s)
+
+
+def work(clients, memory=10.0, down=1000.0, up=500.0, flops=1e12):
+    ones = np.ones(len(clients))
+    return Work(flops * ones, 1e9 * ones, 1e3 * ones, np.broadcast_to(memory, ones.shape), down * ones, up * ones)
+
+
+@dataclass
+class ToyStrategy:
+    """Same work for all; accuracy by round from a list; remembers the calls."""
+
+    memory: Any = 10.0
+    accuracy: Any = None
+    work_of: Any = None
+    calls: list = field(default_factory=list)
+
+    def open_round(self, round_index, clients):
+        self.calls.append(("open", round_index, clients.tolist()))
+        zeros = np.zeros(len(clients))
+        memory = self.memory if np.isscalar(self.memory) else np.asarray(self.memory)[clients]
+        job = work(clients, memory) if self.work_of is None else self.work_of(clients)
+        return RoundPlan(round_index, clients, zeros, zeros, np.full(len(clients), 8), job)
+
+    def close_round(self, report):
+        self.calls.append(("close", report.round_index))
+        nan = np.full(len(report.clients), np.nan)
+        accuracy = None if self.accuracy is None else self.accuracy[report.round_index]
+        return RoundLearning(np.zeros(len(report.clients)), nan, nan, nan, report.outcome, accuracy, None, None)
+
+
+def play(fleet, settings, strategy=None, seed=0, start=None):
+    """Run, and return (last state, reports, trace blocks)."""
+    reports, blocks = [], []
+
+    def on_round(plan, report, learning, block):
+        reports.append(report)
+        blocks.append(block)
+
+    end = simulate(fleet, strategy or ToyStrategy(), settings, seed, on_round, start)
+    assert isinstance(end, SimState)
+    return end, reports, blocks
+
+
+def log(block):
+    """A block as rows (time, client, event, value)."""
+    return list(
+        zip(block.time_s.tolist(), block.client.tolist(), block.event.tolist(), block.value.tolist(), strict=True)
+    )
