@@ -1,0 +1,175 @@
+"""The policies by name. A user's own is one entry in `POLICIES`, which is read when a run starts."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from fedsim.control.balanced import Balanced, Oracle
+from fedsim.control.recentre import recentre
+from fedsim.control.sucb import SUcb
+from fedsim.errors import ConfigError, unknown
+from fedsim.rng import Stream, uniforms
+from fedsim.settings import ControlSettings
+from fedsim.specs import Arms, Ask, ExpectedTime, Feedback, Policy, RoundContext, State
+
+__all__ = ["POLICIES", "PolicyFactory", "Random", "Uniform", "make_policy", "recentre"]
+
+
+class _Stateless:
+    """What policies that learn nothing share."""
+
+    def update(self, feedback: Feedback) -> None:
+        """Nothing to learn."""
+
+    def state(self) -> State:
+        """No state."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """No state."""
+
+
+class Uniform(_Stateless):
+    """One schedule and one rank for all: the controller's absence."""
+
+    def __init__(self, fixed_rank: int) -> None:
+        self._rank = fixed_rank
+
+    def select(self, context: RoundContext) -> Arms:
+        """The schedule's ratio, within each client's bounds, and the fixed rank."""
+        ratio = np.clip(context.schedule_ratio, context.ratio_low, context.ratio_high)
+        return Arms(ratio=ratio, rank=np.full(context.clients.shape, self._rank, dtype=np.int64))
+
+
+class Random(_Stateless):
+    """Uniform ratio within the bounds and uniform rank on offer, then re-centred: chance at equal mean ratio."""
+
+    def __init__(self, ask: Ask, seed: int) -> None:
+        self._ask = ask
+        self._seed = seed
+
+    def select(self, context: RoundContext) -> Arms:
+        """Draw arms, and shift the ratios so that the participants' mean is on the schedule."""
+        low, high = context.ratio_low, context.ratio_high
+        draw = uniforms(self._seed, Stream.POLICY, context.clients, context.round_index)
+        ratio = recentre(low + draw * (high - low), context.schedule_ratio, low, high)
+        ranks = np.asarray(self._ask.ranks)
+        place = uniforms(self._seed, Stream.POLICY_RANK, context.clients, context.round_index) * ranks.size
+        return Arms(ratio=ratio, rank=ranks[place.astype(np.int64)])
+
+
+class PolicyFactory(Protocol):
+    """How a policy is made; a user's factory takes the same arguments."""
+
+    def __call__(
+        self,
+        settings: ControlSettings,
+        *,
+        clients: int,
+        ask: Ask,
+        seed: int,
+        fixed_rank: int,
+        expected_time: ExpectedTime | None,
+    ) -> Policy:
+        """Make a policy for a fleet of `clients`."""
+
+
+def _sucb(
+    settings: ControlSettings,
+    *,
+    clients: int,
+    ask: Ask,
+    seed: int,
+    fixed_rank: int,
+    expected_time: ExpectedTime | None,
+) -> Policy:
+    return SUcb(settings, clients=clients, ranks=ask.ranks, seed=seed)
+
+
+def _uniform(
+    settings: ControlSettings,
+    *,
+    clients: int,
+    ask: Ask,
+    seed: int,
+    fixed_rank: int,
+    expected_time: ExpectedTime | None,
+) -> Policy:
+    return Uniform(fixed_rank)
+
+
+def _random(
+    settings: ControlSettings,
+    *,
+    clients: int,
+    ask: Ask,
+    seed: int,
+    fixed_rank: int,
+    expected_time: ExpectedTime | None,
+) -> Policy:
+    return Random(ask, seed)
+
+
+def _balanced(
+    settings: ControlSettings,
+    *,
+    clients: int,
+    ask: Ask,
+    seed: int,
+    fixed_rank: int,
+    expected_time: ExpectedTime | None,
+) -> Policy:
+    return Balanced(clients=clients, ask=ask)
+
+
+def _oracle(
+    settings: ControlSettings,
+    *,
+    clients: int,
+    ask: Ask,
+    seed: int,
+    fixed_rank: int,
+    expected_time: ExpectedTime | None,
+) -> Policy:
+    if expected_time is None:
+        raise ConfigError("control.policy 'oracle' needs the simulator's expected times, and this run offers none")
+    return Oracle(ask=ask, expected_time=expected_time)
+
+
+POLICIES: dict[str, PolicyFactory] = {
+    "balanced": _balanced,
+    "oracle": _oracle,
+    "random": _random,
+    "sucb": _sucb,
+    "uniform": _uniform,
+}
+"""Policies by the name that ``control.policy`` takes."""
+
+
+def make_policy(
+    settings: ControlSettings,
+    *,
+    clients: int,
+    ask: Ask,
+    seed: int,
+    fixed_rank: int,
+    expected_time: ExpectedTime | None = None,
+) -> Policy:
+    """Make the policy that ``control.policy`` names.
+
+    Args:
+        settings: the run's control section.
+        clients: size of the fleet; ids are 0 to clients - 1.
+        ask: what each arm asks, from shapes.
+        seed: the run's root seed.
+        fixed_rank: LoRA rank of policies that do not choose one.
+        expected_time: true expected times, for `oracle` only.
+    Raises:
+        ConfigError: unknown name, or `oracle` without `expected_time`.
+    """
+    if settings.policy not in POLICIES:
+        raise ConfigError(unknown("control.policy", settings.policy, POLICIES))
+    factory = POLICIES[settings.policy]
+    return factory(settings, clients=clients, ask=ask, seed=seed, fixed_rank=fixed_rank, expected_time=expected_time)

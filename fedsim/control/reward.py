@@ -1,0 +1,137 @@
+"""The bandit's reward, in [0, 1]. The terms are FedSpine's (arXiv 2501.02438), the formula is [ours].
+
+``product``: R = [time_share + (1 - time_share) L] / (1 + kappa |T_i - T_mean| / T_mean), with L the weighted mean of
+the learning terms in use:
+
+* g: relative loss reduction on the client's probe batch, over the running 90th percentile, clipped to [0, 1];
+* q: (ratio - ratio_before) / step_max, pruning progress, clipped to [0, 1]; out of use once the device stood at its
+  target before the round;
+* h: LoRA importance over the largest of the round.
+
+A term is out of use for a client where it is not a number; with no term in use L and the bracket are 1. Where no client
+has a loss at all (timing only) the bracket is 1: progress alone would teach the bandit to prune.
+
+``fedmp`` (FedMP, ICDE 2022): loss reduction / max(|T_i - T_mean|, 0.05 T_mean), over its running 90th percentile;
+timing only counts every reduction as 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fedsim.control.checkpoint import take
+from fedsim.settings import RewardSettings
+from fedsim.specs import FloatArray, State
+
+_QUANTILE = 0.9
+_WINDOW_ROUNDS = 8
+_LEAST_WINDOW = 256
+_FEDMP_LEAST_GAP = 0.05
+_AT_TARGET = 1e-9
+
+
+class RewardModel:
+    """Rewards of one round after the other; remembers the last loss reductions to normalise by their 90th percentile.
+
+    The window holds eight rounds of the whole fleet, at least 256 values [ours].
+    """
+
+    def __init__(self, settings: RewardSettings, clients: int) -> None:
+        self._settings = settings
+        self._window = np.full(max(_LEAST_WINDOW, _WINDOW_ROUNDS * clients), np.nan)
+        self._written = np.zeros(1, dtype=np.int64)
+
+    def compute(
+        self,
+        *,
+        loss_before: ArrayLike,
+        loss_after: ArrayLike,
+        ratio_before: ArrayLike,
+        ratio: ArrayLike,
+        step_max: ArrayLike,
+        target: ArrayLike,
+        lora_importance: ArrayLike,
+        time_s: ArrayLike,
+        arrived: ArrayLike,
+    ) -> FloatArray:
+        """Rewards of one round, in [0, 1], NaN where not `arrived`.
+
+        Args:
+            loss_before, loss_after: on the client's probe batch, NaN where nothing was trained, shape (P,).
+            ratio_before, ratio: cumulative pruning ratio before and after, (P,).
+            step_max: largest rise in one participation, scalar or (P,); 0 takes the progress term out of use.
+            target: ratio at which pruning is over, scalar or (P,).
+            lora_importance: mean of |B * grad B|, (P,).
+            time_s: dispatch to end of upload, (P,); read only where `arrived`.
+            arrived: boolean (P,).
+        """
+        here = np.asarray(arrived, dtype=bool)
+        before = np.where(here, np.asarray(loss_before, dtype=np.float64), np.nan)
+        after = np.where(here, np.asarray(loss_after, dtype=np.float64), np.nan)
+        reward = np.full(here.shape, np.nan)
+        if not here.any():
+            return reward
+        time = np.asarray(time_s, dtype=np.float64)
+        mean_time = float(time[here].mean())
+        if not (np.isfinite(mean_time) and mean_time > 0):
+            raise ValueError("reward: the times of arrived clients must be finite and positive")
+        gap = np.where(here, np.abs(np.where(here, time, mean_time) - mean_time), 0.0)
+        drop = before - after
+        if self._settings.kind == "fedmp":
+            drop = np.where(here, 1.0, np.nan) if np.isnan(drop).all() else drop
+            value = self._normalised(drop / np.maximum(gap, _FEDMP_LEAST_GAP * mean_time))
+            value = np.where(np.isfinite(value), value, 0.0)
+        else:
+            relative = np.divide(drop, before, out=np.full(before.shape, np.nan), where=before > 0)
+            progress = self._progress(ratio_before, ratio, step_max, target, here.shape)
+            learning = self._learning(relative, progress, np.asarray(lora_importance, dtype=np.float64), here)
+            share = self._settings.time_share
+            value = (share + (1.0 - share) * learning) / (1.0 + self._settings.time_penalty * gap / mean_time)
+        reward[here] = value[here]
+        return reward
+
+    def _progress(
+        self, ratio_before: ArrayLike, ratio: ArrayLike, step_max: ArrayLike, target: ArrayLike, shape: tuple[int, ...]
+    ) -> FloatArray:
+        before = np.asarray(ratio_before, dtype=np.float64)
+        step = np.broadcast_to(np.asarray(step_max, dtype=np.float64), shape)
+        in_use = (step > 0) & (before < np.asarray(target, dtype=np.float64) - _AT_TARGET)
+        rise = np.asarray(ratio, dtype=np.float64) - before
+        return np.clip(np.divide(rise, step, out=np.full(shape, np.nan), where=in_use), 0.0, 1.0)
+
+    def _learning(
+        self, relative: FloatArray, progress: FloatArray, importance: FloatArray, here: np.ndarray
+    ) -> FloatArray:
+        """Weighted mean of the terms in use, per client; 1 where none is."""
+        if np.isnan(relative).all():
+            return np.ones(here.shape)
+        importance = np.where(here & np.isfinite(importance), importance, np.nan)
+        largest = float(np.fmax.reduce(importance))
+        share = importance / largest if largest > 0 else np.full(here.shape, np.nan)
+        terms = np.stack([self._normalised(relative), progress, np.clip(share, 0.0, 1.0)])
+        weights = np.asarray(self._settings.weights)[:, None] * ~np.isnan(terms)
+        total = weights.sum(axis=0)
+        weighted = (weights * np.nan_to_num(terms)).sum(axis=0)
+        return np.divide(weighted, total, out=np.ones(here.shape), where=total > 0)
+
+    def _normalised(self, values: FloatArray) -> FloatArray:
+        """Values over the 90th percentile of the window, this round's included, clipped to [0, 1]; NaN stays."""
+        finite = values[np.isfinite(values)]
+        places = (int(self._written[0]) + np.arange(finite.size)) % self._window.size
+        self._window[places] = finite
+        self._written += finite.size
+        seen = self._window[~np.isnan(self._window)]
+        scale = float(np.quantile(seen, _QUANTILE)) if seen.size else 0.0
+        clean = np.where(np.isfinite(values), values, np.nan)
+        # No reduction to speak of: nobody earns anything for it.
+        return np.clip(clean / scale, 0.0, 1.0) if scale > 0 else clean * 0.0
+
+    def state(self) -> State:
+        """Arrays for the checkpoint."""
+        return {"window": self._window.copy(), "written": self._written.copy()}
+
+    def restore(self, state: State) -> None:
+        """Take the arrays of a checkpoint. Raises RunError where they do not fit."""
+        self._window = take(state, "window", self._window)
+        self._written = take(state, "written", self._written)
