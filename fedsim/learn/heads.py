@@ -1,0 +1,70 @@
+"""From token vectors to class scores: pooling and the trained classification head."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedsim.structure import Architecture, ModelShape
+
+HEAD_STD = 0.02
+"""Standard deviation of the head's initial weights, as in BERT (arXiv 1810.04805)."""
+
+
+class _TokenHead(nn.Module):
+    """RoBERTa's head: dense, tanh, projection (dropout 0)."""
+
+    def __init__(self, width: int, labels: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, labels)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Vectors ``(batch, width)`` to logits ``(batch, labels)``."""
+        return self.out_proj(torch.tanh(self.dense(features)))
+
+
+def make_head(shape: ModelShape, pooling: str) -> nn.Module:
+    """The head of an architecture; with ``mean`` pooling always one linear layer. Its parameters are unset yet."""
+    if shape.architecture == "roberta" and pooling == "native":
+        return _TokenHead(shape.hidden, shape.labels)
+    return nn.Linear(shape.hidden, shape.labels)
+
+
+class SentenceClassifier(nn.Module):
+    """Encoder, pooling, head. `pooling` is ``native`` or ``mean``."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module, architecture: Architecture, pooling: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self._architecture = architecture
+        self._pooling = pooling
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Integer tensors of shape ``(batch, tokens)`` to logits ``(batch, labels)``.
+
+        The mask is two-dimensional, 1 for a token and 0 for padding; every row has a token. `token_type_ids` is used
+        by BERT only.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self._architecture == "bert" and token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        options = {"use_cache": False} if self._architecture == "llama" else {}
+        output = self.encoder(**inputs, **options)
+        return self.head(self._pool(output, attention_mask))
+
+    def _pool(self, output: object, attention_mask: torch.Tensor) -> torch.Tensor:
+        tokens: torch.Tensor = output.last_hidden_state  # type: ignore[attr-defined]
+        if self._pooling == "mean":
+            weights = attention_mask.to(tokens.dtype).unsqueeze(-1)
+            return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
+        if self._architecture == "bert":
+            return output.pooler_output  # type: ignore[attr-defined]
+        if self._architecture == "roberta":
+            return tokens[:, 0]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        last = (attention_mask * places).argmax(dim=1)
+        return tokens[torch.arange(tokens.shape[0], device=tokens.device), last]

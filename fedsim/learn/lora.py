@@ -1,0 +1,295 @@
+"""LoRA on a shared, sliced backbone: one PEFT model that takes every client's structure and factors in turn.
+
+The update of a Linear is ``dW = c B A`` (LoRA, arXiv 2106.09685) with ``c = alpha / r`` constant, so that a rank only
+says how many components there are. PEFT's layers do the forward pass; here their tensors are swapped in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from fedsim.errors import ConfigError, unknown
+from fedsim.learn.adapter import Adapter, Factors
+from fedsim.learn.backbone import Backbone
+from fedsim.learn.linears import PrunableLinear, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.slicing import apply_structure, check_structure, take
+from fedsim.rng import Stream, generator
+from fedsim.structure import ModelShape, Structure
+
+Targets = Literal["all"] | Sequence[str]
+_ADAPTER = "default"
+
+
+class HasInputs(Protocol):
+    """A batch that knows the model's keyword arguments."""
+
+    @property
+    def inputs(self) -> Mapping[str, torch.Tensor]:
+        """``input_ids``, ``attention_mask`` and perhaps ``token_type_ids``, each ``(batch, tokens)``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A factor that pruning made smaller: what replaces it, and which of its rows (axis 0) or columns (1) stay."""
+
+    new: nn.Parameter
+    axis: int
+    indices: NDArray[np.int64]
+
+
+def target_linears(shape: ModelShape, targets: Targets) -> tuple[PrunableLinear, ...]:
+    """The Linears that carry LoRA, in block order.
+
+    Args:
+        targets: ``all``, or names: a path inside the block (``attention.output.dense``, ``output.dense``: never more
+            than that one), or a module's last name (``query``, ``q_proj``, ``dense``: all that are called so).
+    Raises:
+        ConfigError: no prunable Linear is called so.
+    """
+    linears = prunable_linears(shape)
+    if targets == "all":
+        return linears
+    in_block = {linear.name: linear.name.split(f".{linear.layer}.", 1)[1] for linear in linears}
+    allowed = {*in_block.values(), *(path.rsplit(".", 1)[-1] for path in in_block.values())}
+    for target in targets:
+        if target not in allowed:
+            raise ConfigError(f"model.lora_targets: {unknown('name', target, allowed)}")
+    if not targets:
+        raise ConfigError("model.lora_targets: the list is empty (allowed: 'all' or at least one name)")
+    return tuple(
+        linear
+        for linear in linears
+        if in_block[linear.name] in targets or in_block[linear.name].rsplit(".", 1)[-1] in targets
+    )
+
+
+class LoraModel:
+    """The backbone with PEFT's LoRA layers; owns the backbone's present widths.
+
+    Attributes:
+        backbone: shared, changed in place.
+        targets: the Linears that carry LoRA.
+        alpha_over_rank: the scale c of ``dW = c B A``, the same at every rank.
+    """
+
+    def __init__(self, backbone: Backbone, targets: Targets, alpha_over_rank: float) -> None:
+        """Put LoRA layers into the backbone.
+
+        Raises:
+            ConfigError: an unknown target.
+            ValueError: the backbone carries LoRA already.
+        """
+        self.backbone = backbone
+        self.targets = target_linears(backbone.shape, targets)
+        self.alpha_over_rank = alpha_over_rank
+        self._structure = Structure.full(backbone.shape)
+        if any(hasattr(module, "lora_A") for module in backbone.encoder.modules()):
+            raise ValueError("this backbone carries LoRA already; one LoraModel serves all clients")
+        apply_structure(backbone, self._structure)
+        # Whole paths, because a suffix such as output.dense is ambiguous. PEFT draws from torch's global generator
+        # for values that `load` replaces: the fork keeps that out of the run.
+        config = LoraConfig(
+            r=1, lora_alpha=1, lora_dropout=0.0, target_modules=[linear.name for linear in self.targets]
+        )
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(config, backbone.encoder, adapter_name=_ADAPTER)
+        self._layers = {linear.name: backbone.encoder.get_submodule(linear.name) for linear in self.targets}
+        for layer in self._layers.values():
+            layer.scaling[_ADAPTER] = alpha_over_rank  # type: ignore[index,operator]
+        backbone.model.to(backbone.device).eval()
+
+    @property
+    def structure(self) -> Structure:
+        """What the backbone keeps at present."""
+        return self._structure
+
+    def load(self, structure: Structure, adapter: Adapter) -> None:
+        """Take a client's structure, factors (any rank) and head; the adapter's tensors are copied.
+
+        Raises:
+            ValueError: factors missing, or not of the structure's widths.
+        """
+        self._check(structure, adapter)
+        apply_structure(self.backbone, structure)
+        self._structure = structure
+        for linear in self.targets:
+            a, b = adapter.factors[linear.name]
+            self._set_factor(linear.name, "lora_A", self._fresh(a))
+            self._set_factor(linear.name, "lora_B", self._fresh(b))
+        for name in self.backbone.head_names:
+            path, leaf = name.rsplit(".", 1)
+            setattr(self.backbone.model.get_submodule(path), leaf, self._fresh(adapter.head[name]))
+
+    def factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The present factors ``(A, B)`` of one target."""
+        layer = self._layers[name]
+        return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight  # type: ignore[index,return-value,union-attr]
+
+    def parameters_list(self) -> list[nn.Parameter]:
+        """The trained parameters: A and B of each target in block order, then the head."""
+        factors = [factor for linear in self.targets for factor in self.factors(linear.name)]
+        return factors + [self.backbone.model.get_parameter(name) for name in self.backbone.head_names]
+
+    def logits(self, batch: HasInputs | Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Class scores ``(batch, labels)``, with gradients unless switched off."""
+        return self.backbone.model(**(batch if isinstance(batch, Mapping) else batch.inputs))
+
+    def read(self) -> Adapter:
+        """The present factors and head, as detached copies at the present widths."""
+        factors: dict[str, Factors] = {}
+        for linear in self.targets:
+            a, b = self.factors(linear.name)
+            factors[linear.name] = (a.detach().clone(), b.detach().clone())
+        parameters = {name: self.backbone.model.get_parameter(name) for name in self.backbone.head_names}
+        return Adapter(factors, {name: parameter.detach().clone() for name, parameter in parameters.items()})
+
+    def prune(self, structure: Structure) -> dict[nn.Parameter, Replacement]:
+        """Shrink weights and factors to `structure`, which keeps a part of what is kept now.
+
+        Returns:
+            For every factor that was replaced, what replaced it. Factors that keep their widths stay the same object.
+        Raises:
+            ValueError: `structure` would bring a group back.
+        """
+        check_structure(self.backbone, structure)
+        old = self._structure
+        if (structure.head_mask & ~old.head_mask).any() or (structure.channel_mask & ~old.channel_mask).any():
+            raise ValueError("pruning cannot bring a group back; load the grown structure instead")
+        apply_structure(self.backbone, structure)
+        self._structure = structure
+        replaced: dict[nn.Parameter, Replacement] = {}
+        for linear in self.targets:
+            a, b = self.factors(linear.name)
+            rows = _within(
+                kept_rows(linear, old, self.backbone.shape), kept_rows(linear, structure, self.backbone.shape)
+            )
+            columns = _within(
+                kept_columns(linear, old, self.backbone.shape), kept_columns(linear, structure, self.backbone.shape)
+            )
+            if rows is not None and len(rows) < b.shape[0]:
+                replaced[b] = Replacement(nn.Parameter(take(b.detach(), 0, rows)), 0, rows)
+                self._set_factor(linear.name, "lora_B", replaced[b].new)
+            if columns is not None and len(columns) < a.shape[1]:
+                replaced[a] = Replacement(nn.Parameter(take(a.detach(), 1, columns)), 1, columns)
+                self._set_factor(linear.name, "lora_A", replaced[a].new)
+        return replaced
+
+    def prune_with_optimizer(self, structure: Structure, optimizer: torch.optim.Optimizer) -> None:
+        """`prune`, and slice the optimizer's state (Adam's moments) alike, so that kept entries go on undisturbed."""
+        replaced = self.prune(structure)
+        for group in optimizer.param_groups:
+            group["params"] = [replaced[p].new if p in replaced else p for p in group["params"]]
+        for old, replacement in replaced.items():
+            state = optimizer.state.pop(old, None)
+            if state is not None:
+                optimizer.state[replacement.new] = {
+                    key: take(value, replacement.axis, replacement.indices)
+                    if isinstance(value, torch.Tensor) and value.shape == old.shape
+                    else value
+                    for key, value in state.items()
+                }
+
+    def _fresh(self, tensor: torch.Tensor) -> nn.Parameter:
+        """A new leaf on the backbone's device and in its precision."""
+        like = self.backbone.full_weights[self.targets[0].name][0]
+        return nn.Parameter(tensor.detach().to(device=like.device, dtype=like.dtype, copy=True))
+
+    def _set_factor(self, name: str, kind: Literal["lora_A", "lora_B"], value: nn.Parameter) -> None:
+        linear = getattr(self._layers[name], kind)[_ADAPTER]
+        linear.weight = value
+        linear.out_features, linear.in_features = value.shape
+        if kind == "lora_A":
+            # The scale stays; PEFT's records of the rank are kept honest for whoever prints them.
+            self._layers[name].r[_ADAPTER] = value.shape[0]  # type: ignore[index,operator]
+            self._layers[name].lora_alpha[_ADAPTER] = self.alpha_over_rank * value.shape[0]  # type: ignore[index,operator]
+
+    def _check(self, structure: Structure, adapter: Adapter) -> None:
+        check_structure(self.backbone, structure)
+        wanted = {linear.name for linear in self.targets}
+        if set(adapter.factors) != wanted:
+            raise ValueError(f"adapter has factors for {len(adapter.factors)} linears, the model for {len(wanted)}")
+        if set(adapter.head) != set(self.backbone.head_names):
+            raise ValueError(f"adapter has head parameters {sorted(adapter.head)}, not {self.backbone.head_names}")
+        for linear in self.targets:
+            a, b = adapter.factors[linear.name]
+            rows = kept_rows(linear, structure, self.backbone.shape)
+            columns = kept_columns(linear, structure, self.backbone.shape)
+            d_out = linear.d_out if rows is None else len(rows)
+            d_in = linear.d_in if columns is None else len(columns)
+            if a.shape[1] != d_in or b.shape[0] != d_out or a.shape[0] != b.shape[1]:
+                raise ValueError(
+                    f"{linear.name}: factors of shape {tuple(a.shape)}, {tuple(b.shape)} do not fit {d_out} x {d_in}"
+                )
+
+
+def _within(old: NDArray[np.int64] | None, new: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+    """Places of the indices `new` among the indices `old` (None: all features)."""
+    return new if old is None or new is None else np.searchsorted(old, new).astype(np.int64)
+
+
+def initial_adapter(backbone: Backbone, targets: Targets, rank: int, seed: int) -> Adapter:
+    """The first global adapter: A Kaiming uniform, B zero (LoRA, arXiv 2106.09685), the backbone's initial head.
+
+    Each Linear has its own random stream and A is drawn row by row, so that a higher rank extends a lower one.
+
+    Raises:
+        ConfigError: a rank below 1 or above the width of a target.
+    """
+    linears = target_linears(backbone.shape, targets)
+    widest = min(min(linear.d_in, linear.d_out) for linear in linears)
+    if not 1 <= rank <= widest:
+        raise ConfigError(f"LoRA rank {rank} is not allowed for model '{backbone.shape.name}' (allowed: 1 to {widest})")
+    places = {linear.name: place for place, linear in enumerate(prunable_linears(backbone.shape))}
+    factors = {}
+    for linear in linears:
+        a = _kaiming_rows(rank, linear.d_in, seed, places[linear.name]).to(backbone.device)
+        factors[linear.name] = (a, torch.zeros(linear.d_out, rank, device=backbone.device))
+    return Adapter(factors, {name: tensor.clone() for name, tensor in backbone.initial_head.items()})
+
+
+def restrict(
+    adapter: Adapter, structure: Structure, rank: int, shape: ModelShape, key: tuple[int, int, int] | None
+) -> Adapter:
+    """A client's view of the global adapter: its first `rank` components, its kept rows and columns.
+
+    Beyond the adapter's rank new rows of A are Kaiming uniform and new columns of B zero: the product is unchanged.
+
+    Args:
+        adapter: at full widths.
+        rank: >= 1.
+        key: (seed, client, round) of the new rows' random stream; needed only where `rank` exceeds the adapter's.
+    Raises:
+        ValueError: a rank below 1, or a key is needed and missing.
+    """
+    if rank < 1:
+        raise ValueError(f"LoRA rank {rank} is below 1")
+    factors: dict[str, Factors] = {}
+    for place, linear in enumerate(prunable_linears(shape)):
+        if linear.name not in adapter.factors:
+            continue
+        a, b = adapter.factors[linear.name]
+        if rank > a.shape[0]:
+            if key is None:
+                raise ValueError(f"rank {rank} exceeds the adapter's {a.shape[0]}, and there is no key for new rows")
+            seed, client, round_index = key
+            extra = _kaiming_rows(rank - a.shape[0], linear.d_in, seed, place, client, round_index)
+            a = torch.cat([a, extra.to(a)], dim=0)
+            b = torch.cat([b, b.new_zeros(b.shape[0], rank - b.shape[1])], dim=1)
+        rows, columns = kept_rows(linear, structure, shape), kept_columns(linear, structure, shape)
+        factors[linear.name] = (take(a[:rank], 1, columns), take(b[:, :rank], 0, rows))
+    return Adapter(factors, dict(adapter.head))
+
+
+def _kaiming_rows(rows: int, d_in: int, seed: int, *key: int) -> torch.Tensor:
+    """Rows of A, uniform in +-1/sqrt(d_in): Kaiming uniform with a = sqrt(5), as in the LoRA authors' code and PEFT."""
+    bound = d_in**-0.5
+    draws = generator(seed, Stream.LORA_INIT, *key).uniform(-bound, bound, size=(rows, d_in))
+    return torch.from_numpy(draws.astype(np.float32))
