@@ -245,9 +245,8 @@ def test_nothing_arrived_changes_nothing():
 
 def test_inputs_are_left_alone():
     client, previous = _contribution(1, ratio=0.5), _previous(4)
-    before = [
-        tensor.clone() for adapter in (client.adapter, previous) for pair in adapter.factors.values() for tensor in pair
-    ]
+    tensors = [t for adapter in (client.adapter, previous) for pair in adapter.factors.values() for t in pair]
+    before = [tensor.clone() for tensor in tensors]
     for rule in (LOWRANK, AVERAGE):
         merge(previous, [client, _contribution(2)], SHAPE, 4, C, rule)
     assert all(map(torch.equal, before, tensors))
