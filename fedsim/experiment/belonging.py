@@ -1,0 +1,149 @@
+"""Whether runs may stand in one table: what must agree, what is worth a warning, and which are repeats of which.
+
+Times are comparable only on the same fleet and the same clock, accuracies only on the same data; those are refused.
+Other differences are told, and left to the reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedsim.errors import RunError
+from fedsim.experiment.results import Run
+
+RECONSTRUCTION = "reconstruction"
+
+_WITHOUT_EFFECT = ("seed", "records.", "server.checkpoint_every", "train.threads", "train.torch_device")
+"""Keys that never make two runs differ in kind."""
+
+_SHARED_SECTIONS = ("model.", "data.", "fleet.", "server.", "train.", "evaluate.")
+"""Sections that methods are expected to share; the others belong to a method."""
+
+Repeat = tuple[int, int]
+"""Root seed, and number of the draw of the device profiles (-1: the profiles themselves): what pairs runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Runs that differ in their seed (or draw of the profiles) only."""
+
+    label: str
+    method: str
+    runs: Mapping[Repeat, Run]
+
+
+def clock_text(runs: Sequence[Run]) -> str:
+    """One sentence on the workload that the simulated clock carries, the fleet, and how far to trust the numbers."""
+    clock, fleet = runs[0].manifest.get("clock") or {}, runs[0].manifest.get("fleet") or {}
+    return (
+        f"Clock: {clock.get('model', '?')}, batch {clock.get('batch_size', '?')} x {clock.get('seq_len', '?')} tokens, "
+        f"{clock.get('precision', '?')}; fleet {fleet.get('name', '?')}, {fleet.get('clients', '?')} clients; "
+        f"{'; '.join(labels(runs))}."
+    )
+
+
+def labels(runs: Iterable[Run]) -> tuple[str, ...]:
+    """How far the numbers may be trusted: `reconstruction` (fleet and clock always are), then the runs' own labels."""
+    return tuple(
+        dict.fromkeys([RECONSTRUCTION, *(str(one) for run in runs for one in run.manifest.get("labels") or ())])
+    )
+
+
+def repeat_of(run: Run) -> Repeat:
+    """What a run shares with the runs of other methods that it is paired with."""
+    draw = run.manifest.get("profile_draw")
+    return run.seed, -1 if draw is None else int(draw)
+
+
+def check_together(runs: Sequence[Run]) -> list[str]:
+    """Refuse runs that cannot be compared, and return warnings on the others.
+
+    Raises:
+        RunError: no run, or runs of different data, fleets or clocks.
+    """
+    if not runs:
+        raise RunError("nothing to compare: no run given")
+    for what, of in (("data", _data), ("fleet", _fleet), ("clock (cost model)", _clock)):
+        first = of(runs[0])
+        for run in runs[1:]:
+            if of(run) != first:
+                raise RunError(
+                    f"runs '{runs[0].path}' and '{run.path}' do not belong in one comparison: their {what} differs "
+                    f"({_difference(first, of(run))}); compare them separately"
+                )
+    warnings = [f"'{run.path}' is unfinished: its numbers are those up to now" for run in runs if not run.finished]
+    if len({(run.manifest.get("model") or {}).get("sha256") for run in runs}) > 1:
+        warnings.append("the runs start from different model weights")
+    if len({str((run.manifest.get("versions") or {}).get("fedsim")) for run in runs}) > 1:
+        warnings.append("the runs were made by different versions of fedsim")
+    return warnings
+
+
+def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
+    """Group repeats of one method and configuration, in the order of the runs, and return warnings.
+
+    Where a method comes in several configurations, the label of each names the keys in which they differ.
+    """
+    flat = [_flat(run.config) for run in runs]
+    kinds: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
+    for index, run in enumerate(runs):
+        kinds.setdefault((run.method, tuple(sorted(flat[index].items()))), []).append(index)
+
+    warnings, groups = [], []
+    for (method, own), members in kinds.items():
+        rivals = [dict(settings) for name, settings in kinds if name == method]
+        keys = sorted({key for settings in rivals for key in settings})
+        differing = [key for key in keys if len({settings.get(key) for settings in rivals}) > 1]
+        values = dict(own)
+        suffix = ", ".join(f"{key}={values.get(key)}" for key in differing)
+        repeats: dict[Repeat, Run] = {}
+        for index in members:
+            kept = repeats.setdefault(repeat_of(runs[index]), runs[index])
+            if kept is not runs[index]:
+                warnings.append(f"'{runs[index].path}' repeats '{kept.path}' and is left out")
+        groups.append(Group(f"{method} ({suffix})" if suffix else method, method, repeats))
+
+    shared = sorted({key for settings in flat for key in settings if key.startswith(_SHARED_SECTIONS)})
+    differing = [key for key in shared if len({settings.get(key) for settings in flat}) > 1]
+    if differing:
+        warnings.append(f"the runs differ in {', '.join(differing)}")
+    if len({frozenset(group.runs) for group in groups}) > 1:
+        warnings.append("not every method has the same seeds: a speedup uses the seeds that both have")
+    return groups, warnings
+
+
+def _data(run: Run) -> dict[str, Any]:
+    data = run.manifest.get("data") or {}
+    # Equal content is equal data, wherever it lay.
+    return {"sha256": data["sha256"]} if data.get("sha256") else {"name": data.get("name")}
+
+
+def _fleet(run: Run) -> dict[str, Any]:
+    fleet = {key: value for key, value in (run.manifest.get("fleet") or {}).items() if key != "label"}
+    return {**fleet, "mode_period": (run.config.get("fleet") or {}).get("mode_period")}
+
+
+def _clock(run: Run) -> dict[str, Any]:
+    clock = {key: value for key, value in (run.manifest.get("clock") or {}).items() if key != "label"}
+    return {**clock, "backend": (run.config.get("cost") or {}).get("backend")}
+
+
+def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
+    return ", ".join(f"{key}: {first.get(key)} and {second.get(key)}" for key in keys)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted keys and values as text, without those that have no effect on results."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name.startswith(_WITHOUT_EFFECT) or f"{name}." in _WITHOUT_EFFECT:
+            continue
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{name}.")
+        else:
+            flat[name] = str(value)
+    return flat

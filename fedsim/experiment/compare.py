@@ -1,0 +1,312 @@
+"""Methods side by side: time to accuracy, speedup, accuracy at equal sparsity, idle share, traffic, energy.
+
+Seeds of one method and configuration form one row. Choices [ours], where the literature does not say how:
+
+* *Time to target* is `end_s` of the first evaluated round whose accuracy is at or above the target. Without a given
+  target it is the highest accuracy that every finished run reaches.
+* *Speedup* is the baseline's time over the method's, paired by seed, averaged geometrically; the interval resamples
+  the seeds (percentile bootstrap) and is given from three pairs on.
+* *Sparsity* is the fleet mean of the pruning ratio achieved at the end, with its range over devices: the manifest's
+  where the run is finished (it includes the final cut, and clients that were never sampled), else each client's last
+  record.
+* *Idle share* is the mean over rounds of `idle_fraction`. That of the fastest class uses the clients of the device
+  class that computes fastest in the baseline's runs, the same class for every method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsim.errors import ConfigError, RunError, unknown
+from fedsim.experiment.belonging import Group, Repeat, check_together, clock_text, group_runs, labels
+from fedsim.experiment.comparison_text import comparison_text
+from fedsim.experiment.results import Run
+
+PREFERRED_BASELINES = ("fedlora", "fedspine_uniform")
+UNPRUNED = 0.005
+"""Below this fleet-mean sparsity a method is a reference, not a rival."""
+SAME_SPARSITY = 0.02
+"""Methods whose sparsities follow each other within this distance form one group."""
+RESAMPLES = 10_000
+INTERVAL = (2.5, 97.5)
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        rows: one row per method (and configuration), ordered by sparsity group, then by time to target.
+        runs: one row per run: the numbers that `rows` averages.
+        target_accuracy: None where nothing was evaluated.
+        target_is_default: whether the target was derived from the runs.
+        baseline: label of the row that speedups are measured against.
+        speedup_of: ``time_to_target_s``, or ``simulated_s`` where nothing was evaluated (timing only).
+        fastest_class: device class of `idle_fastest_fraction`; None where no run has client records.
+        clock: the sentence on the clock's workload that belongs under every table.
+        labels: how far the numbers may be trusted.
+        warnings: what makes the runs unequal.
+    """
+
+    rows: pd.DataFrame
+    runs: pd.DataFrame
+    target_accuracy: float | None
+    target_is_default: bool
+    baseline: str
+    speedup_of: str
+    fastest_class: str | None
+    clock: str
+    labels: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values only; a missing number is null."""
+        return {
+            "target_accuracy": self.target_accuracy,
+            "target_is_default": self.target_is_default,
+            "baseline": self.baseline,
+            "speedup_of": self.speedup_of,
+            "fastest_class": self.fastest_class,
+            "clock": self.clock,
+            "labels": list(self.labels),
+            "warnings": list(self.warnings),
+            "rows": _records(self.rows),
+            "runs": _records(self.runs),
+        }
+
+    def as_text(self) -> str:
+        """Plain aligned table with units, notes below."""
+        return comparison_text(self)
+
+
+def compare(runs: Sequence[Run], target_accuracy: float | None = None, baseline: str | None = None) -> Comparison:
+    """Compare runs.
+
+    Args:
+        runs: finished or unfinished ones (marked).
+        target_accuracy: in (0, 1]; default: the highest accuracy that every finished run reaches.
+        baseline: a method or a row's label; default: fedlora, else fedspine_uniform, else the slowest in total.
+    Raises:
+        RunError: the runs do not belong together (other data, fleet or clock), or hold no rounds.
+        ConfigError: the target is no fraction, or no run has the baseline method.
+    """
+    if target_accuracy is not None and not 0.0 < target_accuracy <= 1.0:
+        raise ConfigError(f"--target-accuracy: value {target_accuracy:g} is not allowed (above 0, at most 1)")
+    warnings = check_together(runs)
+    begun = [run for run in runs if len(run.rounds)]
+    warnings += [f"'{run.path}' has no closed round yet and is left out" for run in runs if not len(run.rounds)]
+    if not begun:
+        raise RunError("nothing to compare: no run has a closed round yet")
+    groups, more = group_runs(begun)
+    base = _baseline(groups, baseline)
+    target = _default_target(groups) if target_accuracy is None else target_accuracy
+    fastest = _fastest_class(base)
+    facts = {
+        group.label: {repeat: _facts(run, target, fastest) for repeat, run in group.runs.items()} for group in groups
+    }
+    speedup_of = "simulated_s" if target is None else "time_to_target_s"
+    rows = pd.DataFrame([_row(group, facts[group.label], facts[base.label], speedup_of) for group in groups])
+    return Comparison(
+        rows=_in_order(rows),
+        runs=pd.DataFrame(
+            [
+                {
+                    "method": group.label,
+                    "seed": repeat[0],
+                    "profile_draw": None if repeat[1] < 0 else repeat[1],
+                    **values,
+                }
+                for group in groups
+                for repeat, values in facts[group.label].items()
+            ]
+        ),
+        target_accuracy=target,
+        target_is_default=target_accuracy is None,
+        baseline=base.label,
+        speedup_of=speedup_of,
+        fastest_class=fastest,
+        clock=clock_text(begun),
+        labels=labels(begun),
+        warnings=tuple(warnings + more),
+    )
+
+
+def time_to_target(rounds: pd.DataFrame, target: float) -> float:
+    """`end_s` of the first evaluated round at or above the target accuracy; NaN when none is."""
+    reached = rounds.loc[rounds["accuracy"] >= target, "end_s"]
+    return float(reached.iloc[0]) if len(reached) else math.nan
+
+
+def speedup(ratios: Sequence[float], seeds: Sequence[int]) -> tuple[float, float, float]:
+    """Geometric mean of paired ratios and its 95% bootstrap interval over the pairs.
+
+    Args:
+        ratios: baseline's time over the method's, one per pair.
+        seeds: the pairs' root seeds, which seed the resampling.
+    Returns:
+        ``(mean, low, high)``; low and high are NaN below three pairs, all are NaN without any.
+    """
+    if not ratios:
+        return math.nan, math.nan, math.nan
+    logs = np.log(np.asarray(ratios, dtype=np.float64))
+    mean = float(np.exp(logs.mean()))
+    if len(logs) < 3:
+        return mean, math.nan, math.nan
+    generator = np.random.default_rng(np.random.SeedSequence(list(seeds)))
+    means = logs[generator.integers(0, len(logs), size=(RESAMPLES, len(logs)))].mean(axis=1)
+    low, high = np.exp(np.percentile(means, INTERVAL))
+    return mean, float(low), float(high)
+
+
+def final_sparsity(run: Run) -> tuple[float, float, float]:
+    """Achieved pruning ratio at the end: fleet mean, lowest and highest device (NaN where not recorded)."""
+    stated = run.manifest.get("final_prune_ratio") or {}
+    if run.finished and "mean" in stated:
+        return float(stated["mean"]), float(stated.get("low", math.nan)), float(stated.get("high", math.nan))
+    if run.has("client_rounds"):
+        known = run.client_rounds.dropna(subset=["prune_ratio"]).groupby("client")["prune_ratio"].last()
+        if len(known):
+            return float(known.mean()), float(known.min()), float(known.max())
+    means = run.rounds["prune_ratio_mean"].dropna()
+    return (float(means.iloc[-1]) if len(means) else math.nan), math.nan, math.nan
+
+
+def idle_of_class(client_rounds: pd.DataFrame, device: str) -> float:
+    """Mean over rounds of one class's idle share (sum of idle_s / sum of durations); rounds without it do not count."""
+    own = client_rounds[client_rounds["device"] == device]
+    if not len(own):
+        return math.nan
+    phases = ["wait_s", "download_s", "compute_s", "upload_s", "idle_s"]
+    sums = own.groupby("round")[phases].sum()
+    return float((sums["idle_s"] / sums.sum(axis=1)).mean())
+
+
+def _facts(run: Run, target: float | None, fastest: str | None) -> dict[str, Any]:
+    rounds = run.rounds
+    tested = rounds["accuracy"].dropna()
+    consensus = rounds["accuracy_consensus"].dropna()
+    mean, low, high = final_sparsity(run)
+    with_clients = fastest is not None and run.has("client_rounds")
+    return {
+        "finished": run.finished,
+        "rounds": len(rounds),
+        "time_to_target_s": math.nan if target is None else time_to_target(rounds, target),
+        "accuracy_final": float(tested.iloc[-1]) if len(tested) else math.nan,
+        "accuracy_best": float(tested.max()) if len(tested) else math.nan,
+        "accuracy_consensus_final": float(consensus.iloc[-1]) if len(consensus) else math.nan,
+        "sparsity": mean,
+        "sparsity_low": low,
+        "sparsity_high": high,
+        "simulated_s": float(rounds["end_s"].iloc[-1]),
+        "idle_fraction": float(rounds["idle_fraction"].mean()),
+        "idle_fastest_fraction": idle_of_class(run.client_rounds, str(fastest)) if with_clients else math.nan,
+        "traffic_bytes": float(rounds["bytes_down"].sum() + rounds["bytes_up"].sum()),
+        "energy_j": float(rounds["energy_j"].sum()),
+    }
+
+
+_AVERAGED = (
+    "time_to_target_s",
+    "accuracy_final",
+    "accuracy_best",
+    "accuracy_consensus_final",
+    "sparsity",
+    "simulated_s",
+    "idle_fraction",
+    "idle_fastest_fraction",
+    "traffic_bytes",
+    "energy_j",
+)
+
+
+def _row(
+    group: Group, own: dict[Repeat, dict[str, Any]], base: dict[Repeat, dict[str, Any]], speedup_of: str
+) -> dict[str, Any]:
+    table = pd.DataFrame(list(own.values()))
+    pairs = [
+        (repeat[0], base[repeat][speedup_of] / own[repeat][speedup_of])
+        for repeat in sorted(own)
+        if repeat in base and own[repeat][speedup_of] > 0 and base[repeat][speedup_of] > 0
+    ]
+    mean, low, high = speedup([ratio for _, ratio in pairs], [seed for seed, _ in pairs])
+    return {
+        "method": group.label,
+        "seeds": sorted({repeat[0] for repeat in own}),
+        "runs": len(own),
+        "unfinished": int((~table["finished"]).sum()),
+        "reached": int(table["time_to_target_s"].notna().sum()),
+        **{name: float(table[name].mean()) for name in _AVERAGED},
+        "accuracy_final_sd": float(table["accuracy_final"].std(ddof=1)) if len(own) > 1 else math.nan,
+        "sparsity_low": float(table["sparsity_low"].min()),
+        "sparsity_high": float(table["sparsity_high"].max()),
+        "speedup": mean,
+        "speedup_low": low,
+        "speedup_high": high,
+        "speedup_pairs": len(pairs),
+    }
+
+
+def _in_order(rows: pd.DataFrame) -> pd.DataFrame:
+    """Name each row's sparsity group (0: unpruned references), and sort by group and time."""
+    known = rows["sparsity"].fillna(0.0)
+    rows["is_reference"] = known < UNPRUNED
+    pruned = np.sort(known[~rows["is_reference"]].to_numpy())
+    starts = pruned[np.concatenate([[True], np.diff(pruned) > SAME_SPARSITY])] if len(pruned) else pruned
+    rows["sparsity_group"] = np.where(rows["is_reference"], 0, np.searchsorted(starts, known, side="right"))
+    time_s = rows["time_to_target_s"].fillna(math.inf)
+    order = np.lexsort((rows["simulated_s"], time_s, rows["sparsity_group"]))
+    return rows.iloc[order].reset_index(drop=True)
+
+
+def _baseline(groups: Sequence[Group], asked: str | None) -> Group:
+    if asked is not None:
+        found = [group for group in groups if group.label == asked] or [
+            group for group in groups if group.method == asked
+        ]
+        if not found:
+            raise ConfigError(f"--baseline: {unknown('method', asked, {group.label for group in groups})}")
+        if len(found) > 1:
+            names = ", ".join(f"'{group.label}'" for group in found)
+            raise ConfigError(f"--baseline: '{asked}' comes in several configurations; name one of {names}")
+        return found[0]
+    for method in PREFERRED_BASELINES:
+        found = [group for group in groups if group.method == method]
+        if len(found) == 1:
+            return found[0]
+    return max(groups, key=lambda group: float(np.mean([run.rounds["end_s"].iloc[-1] for run in group.runs.values()])))
+
+
+def _default_target(groups: Sequence[Group]) -> float | None:
+    """The highest accuracy that every finished run reaches (every run, where none is finished)."""
+    runs = [run for group in groups for run in group.runs.values()]
+    counted = [run for run in runs if run.finished] or runs
+    best = [run.rounds["accuracy"].max() for run in counted]
+    tested = [float(one) for one in best if not math.isnan(one)]
+    return min(tested) if tested else None
+
+
+def _fastest_class(base: Group) -> str | None:
+    tables = [run.client_rounds for run in base.runs.values() if run.has("client_rounds")]
+    rows = pd.concat(tables) if tables else pd.DataFrame()
+    if not len(rows):
+        return None
+    compute_s = rows[rows["outcome"] == "ok"].groupby("device")["compute_s"].mean()
+    return str(compute_s.idxmin()) if len(compute_s) else None
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(name): _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,143 @@
+"""A comparison as a plain table."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedsim.experiment.compare import Comparison
+
+
+def comparison_text(comparison: Comparison) -> str:
+    """Aligned table with units in its header, rows grouped by sparsity, and everything a reader must know below it."""
+    header, units, cells = _cells(comparison)
+    widths = [max(len(line[column]) for line in (header, units, *cells)) for column in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        return "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+
+    lines = [line(header), line(units), "-" * (sum(widths) + 2 * (len(widths) - 1))]
+    previous = None
+    for (_, row), cell in zip(comparison.rows.iterrows(), cells, strict=True):
+        if row["sparsity_group"] != previous:
+            previous = row["sparsity_group"]
+            lines.append(_group_title(comparison, previous))
+        lines.append(line(cell))
+    return "\n".join([*lines, "", *_notes(comparison)])
+
+
+def _group_title(comparison: Comparison, group: int) -> str:
+    members = comparison.rows[comparison.rows["sparsity_group"] == group]["sparsity"]
+    if group == 0:
+        return "[unpruned: references, not rivals of the pruned]"
+    low, high = f"{members.min():.2f}", f"{members.max():.2f}"
+    return f"[fleet-mean sparsity {low if low == high else f'{low} to {high}'}]"
+
+
+def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]]]:
+    rows = comparison.rows
+    timed = comparison.target_accuracy is not None
+    byte_unit, byte_scale = _scale(rows["traffic_bytes"].max(), "B")
+    joule_unit, joule_scale = _scale(rows["energy_j"].max(), "J")
+    header = ["method", "runs", "sparsity", "accuracy"]
+    units = ["", "", "mean (devices)", "final"]
+    if comparison.target_accuracy is not None:
+        header.append(f"time to {comparison.target_accuracy:.4g}")
+        units.append("s")
+    header += ["speedup", "total time", "idle"]
+    units += ["[95%]", "s", "share"]
+    if comparison.fastest_class is not None:
+        header.append("idle, fastest")
+        units.append("share")
+    header += ["traffic", "energy"]
+    units += [byte_unit, joule_unit]
+    cells = []
+    for _, row in rows.iterrows():
+        cell = [
+            row["method"] + (" *" if row["unfinished"] else ""),
+            str(row["runs"]),
+            _sparsity(row),
+            _number(row["accuracy_final"], ".3f") + _plus_minus(row["accuracy_final_sd"]),
+        ]
+        if timed:
+            cell.append(_time(row))
+        cell += [_speedup(row, comparison), _number(row["simulated_s"], ",.0f"), _number(row["idle_fraction"], ".1%")]
+        if comparison.fastest_class is not None:
+            cell.append(_number(row["idle_fastest_fraction"], ".1%"))
+        cell.append(_number(row["traffic_bytes"] / byte_scale, ".2f"))
+        cell.append(_number(row["energy_j"] / joule_scale, ".2f"))
+        cells.append(cell)
+    return header, units, cells
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    lines = []
+    if comparison.target_accuracy is None:
+        lines.append("No accuracy was evaluated: speedups are of total simulated time.")
+    elif comparison.target_is_default:
+        lines.append(
+            f"Target accuracy {comparison.target_accuracy:.4f}: the highest that every finished run reaches "
+            "(--target-accuracy sets another); its time is that of the first crossing."
+        )
+    else:
+        lines.append(
+            f"Target accuracy {comparison.target_accuracy:g}, as asked; its time is that of the first crossing."
+        )
+    lines.append(
+        f"Speedup over {comparison.baseline}, paired by seed, geometric mean; 95% bootstrap interval over seeds from "
+        "three pairs on."
+    )
+    if comparison.fastest_class is not None:
+        lines.append(
+            f"Fastest class: {comparison.fastest_class} (least compute time in the runs of {comparison.baseline})."
+        )
+    if comparison.rows["unfinished"].any():
+        lines.append("* not all runs are finished: numbers up to now.")
+    lines += [f"Warning: {warning}." for warning in comparison.warnings]
+    lines.append(comparison.clock)
+    return lines
+
+
+def _scale(largest: float, unit: str) -> tuple[str, float]:
+    """A decimal unit in which the largest value is at least 1."""
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if largest >= scale:
+            return f"{prefix}{unit}", scale
+    return unit, 1.0
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def _plus_minus(deviation: float) -> str:
+    return "" if math.isnan(deviation) else f" ± {deviation:.3f}"
+
+
+def _sparsity(row: Any) -> str:
+    text = _number(row["sparsity"], ".2f")
+    if math.isnan(row["sparsity_low"]) or row["is_reference"]:
+        return text
+    return f"{text} ({row['sparsity_low']:.2f} to {row['sparsity_high']:.2f})"
+
+
+def _time(row: Any) -> str:
+    if row["reached"] == 0:
+        return "not reached"
+    partly = "" if row["reached"] == row["runs"] else f" ({row['reached']} of {row['runs']})"
+    return f"{row['time_to_target_s']:,.0f}{partly}"
+
+
+def _speedup(row: Any, comparison: Comparison) -> str:
+    if row["method"] == comparison.baseline:
+        return "baseline"
+    if math.isnan(row["speedup"]):
+        return "-"
+    text = f"{row['speedup']:.2f}x"
+    if not math.isnan(row["speedup_low"]):
+        text += f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
+    return text

@@ -1,0 +1,204 @@
+"""The four figures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsim.experiment.belonging import Group, check_together, clock_text, group_runs
+from fedsim.experiment.results import Run
+from fedsim.experiment.rundir import writing
+from fedsim.plots import frames
+from fedsim.plots.style import COLOURS, PHASE_COLOURS, canvas, caption, save, styles
+
+PANELS = 4
+"""Most methods side by side in one row of panels."""
+
+
+def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = None) -> list[Path]:
+    """Draw every figure that the runs have records for, each as PNG and PDF with its numbers as CSV.
+
+    ``accuracy_over_time`` (not for timing-only runs), ``idle_by_class``, ``choices_by_class`` and ``timeline`` (not for
+    runs without client records). Methods keep their colour, classes theirs, in all figures.
+
+    Args:
+        runs: runs that belong together.
+        out: folder, made if needed.
+        round_for_gantt: round of the timeline; None takes the middle one of the shortest run.
+    Returns:
+        The files written.
+    Raises:
+        RunError: runs of different data, fleets or clocks; or `out` cannot be written.
+        ConfigError: no such round.
+    """
+    check_together(runs)
+    begun = [run for run in runs if len(run.rounds)]
+    groups, _ = group_runs(begun)
+    text = clock_text(begun) if begun else ""
+    unfinished = sum(not run.finished for run in begun)
+    if unfinished:
+        text += f" {unfinished} of {len(begun)} runs unfinished."
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    if frames.has_accuracy(begun):
+        written += _draw_accuracy(groups, text, out)
+    detailed = frames.with_client_rounds(groups)
+    if detailed:
+        classes = frames.class_order(frames.first_client_rounds(detailed))
+        written += _draw_idle(detailed, classes, text, out)
+        written += _draw_choices(detailed, classes, text, out)
+        written += _draw_timeline(detailed, round_for_gantt, text, out)
+    return written
+
+
+def _draw_accuracy(groups: Sequence[Group], text: str, out: Path) -> list[Path]:
+    frame = frames.accuracy_over_time(groups)
+    looks = styles([group.label for group in groups])
+    with canvas(7.2, 4.2) as figure:
+        axes = figure.add_subplot()
+        several = False
+        for group in groups:
+            own, look = frame[frame["method"] == group.label], looks[group.label]
+            repeats = own.groupby(["seed", "profile_draw"])
+            if len(repeats) > 1:
+                several = True
+                for _, one in repeats:
+                    axes.plot(one["end_s"], one["accuracy"], color=look["color"], linewidth=0.7, alpha=0.4)
+            mean = own.groupby("round")[["end_s", "accuracy"]].mean()
+            axes.plot(mean["end_s"], mean["accuracy"], label=group.label, markersize=4, **look)
+        axes.set_xlabel("simulated time (s)")
+        axes.set_ylabel("test accuracy (panel mean)")
+        axes.set_xlim(left=0)
+        axes.legend(loc="lower right")
+        caption(figure, ("Bold: mean over seeds by round; thin: each seed. " if several else "") + text)
+        return save(figure, frame, out, "accuracy_over_time")
+
+
+def _draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, out: Path) -> list[Path]:
+    frame = frames.idle_by_class(groups)
+    looks = styles([group.label for group in groups])
+    with canvas(7.2, 3.8) as figure:
+        axes = figure.add_subplot()
+        width = 0.8 / len(groups)
+        several = False
+        for index, group in enumerate(groups):
+            own = frame[frame["method"] == group.label].groupby("device")["idle_fraction"]
+            mean, low, high = (values.reindex(classes).to_numpy() for values in (own.mean(), own.min(), own.max()))
+            at = np.arange(len(classes)) + (index - (len(groups) - 1) / 2) * width
+            axes.bar(at, mean, width * 0.92, label=group.label, color=looks[group.label]["color"])
+            if len(group.runs) > 1:
+                several = True
+                bounds = np.vstack([mean - low, high - mean])
+                axes.errorbar(at, mean, yerr=bounds, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=2)
+            for x, value in zip(at, mean, strict=True):
+                if len(groups) * len(classes) <= 16 and not np.isnan(value):
+                    axes.annotate(f"{value:.0%}", (x, 0), (0, 2), textcoords="offset points", ha="center", **_ON_BAR)
+        axes.set_xticks(range(len(classes)), classes)
+        axes.grid(axis="x", visible=False)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(_percent())
+        axes.set_ylabel("idle share of the round (mean over rounds)")
+        axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        caption(figure, ("Whiskers: lowest and highest seed. " if several else "") + text)
+        return save(figure, frame, out, "idle_by_class")
+
+
+_ON_BAR: dict[str, Any] = {"fontsize": 7, "color": "white", "fontweight": "bold"}
+
+
+def _draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, out: Path) -> list[Path]:
+    frame = frames.choices_by_class(groups)
+    looks = styles(classes)
+    columns = min(len(groups), PANELS)
+    blocks = -(-len(groups) // columns)
+    quantities = (("prune_ratio_target", "pruning ratio asked"), ("lora_rank", "LoRA rank"))
+    with canvas(max(4.5, 2.4 * columns + 0.4), 3.9 * blocks + 0.5) as figure:
+        grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False)
+        tops = {name: float(frame[f"{name}_p90"].max()) for name, _ in quantities}
+        for row in range(2 * blocks):
+            for column in range(columns):
+                axes, index = grid[row, column], row // 2 * columns + column
+                if index >= len(groups):
+                    axes.set_visible(False)
+                    continue
+                name, title = quantities[row % 2]
+                own = frame[frame["method"] == groups[index].label]
+                _draw_choice(axes, own, name, classes, looks)
+                axes.set_ylim(0, max(tops[name], 0.1) * 1.08)
+                if row % 2 == 0:
+                    axes.set_title(groups[index].label)
+                if column == 0:
+                    axes.set_ylabel(title)
+                else:
+                    axes.tick_params(labelleft=False)
+                if row == 2 * blocks - 1 or index + columns >= len(groups):
+                    axes.set_xlabel("round" if row % 2 else "")
+        handles, names = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(classes))
+        caption(figure, "Lines: mean over a class's clients (and seeds); bands: 10th to 90th percentile. " + text)
+        return save(figure, frame, out, "choices_by_class")
+
+
+def _draw_choice(
+    axes: Any, frame: pd.DataFrame, name: str, classes: Sequence[str], looks: dict[str, dict[str, Any]]
+) -> None:
+    for device in classes:
+        own, look = frame[frame["device"] == device], looks[device]
+        axes.fill_between(own["round"], own[f"{name}_p10"], own[f"{name}_p90"], color=look["color"], alpha=0.15, lw=0)
+        axes.plot(own["round"], own[f"{name}_mean"], label=device, color=look["color"], linestyle=look["linestyle"])
+
+
+def _draw_timeline(groups: Sequence[Group], round_index: int | None, text: str, out: Path) -> list[Path]:
+    frame = frames.timeline(groups, round_index)
+    names = list(dict.fromkeys(frame["method"]))
+    columns = min(len(names), 2)
+    rows = -(-len(names) // columns)
+    with canvas(4.3 * columns + 0.6, 3.0 * rows + 0.7) as figure:
+        grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        for index, axes in enumerate(grid.flat):
+            if index >= len(names):
+                axes.set_visible(False)
+                continue
+            own = frame[frame["method"] == names[index]].reset_index(drop=True)
+            _draw_bars(axes, own, label_classes=True)
+            axes.set_title(names[index])
+            if index + columns >= len(names):
+                axes.set_xlabel("simulated time since the round opened (s)")
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(handles))
+        chosen, seed = int(frame["round"].iloc[0]), int(frame["seed"].iloc[0])
+        caption(figure, f"Round {chosen}, seed {seed}; one line per client, classes slowest first. " + text)
+        return save(figure, frame, out, "timeline")
+
+
+def _draw_bars(axes: Any, rows: pd.DataFrame, label_classes: bool) -> None:
+    left = np.zeros(len(rows))
+    at = np.arange(len(rows))
+    for phase in frames.PHASES:
+        width = rows[f"{phase}_s"].to_numpy()
+        axes.barh(at, width, 0.92, left=left, color=PHASE_COLOURS[phase], label=phase, linewidth=0)
+        left = left + width
+    failed = rows["outcome"].to_numpy() != "ok"
+    if failed.any():
+        worked = (left - rows["idle_s"].to_numpy())[failed]
+        axes.plot(worked, at[failed], "x", color=COLOURS[1], markersize=4, label="not ok")
+    starts = rows.groupby("device", sort=False).head(1).index.to_numpy()
+    ends = np.append(starts[1:], len(rows))
+    for start in starts[1:]:
+        axes.axhline(start - 0.5, color="#222222", linewidth=0.8)
+    axes.set_yticks((starts + ends - 1) / 2, rows["device"].iloc[starts] if label_classes else [])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.margins(x=0)
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0, decimals=0)
