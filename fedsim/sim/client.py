@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import simpy
 
@@ -19,8 +18,7 @@ PHASES = 3
 """Download, compute, upload."""
 
 
-@dataclass(frozen=True)
-class Itinerary:
+class Itinerary(NamedTuple):
     """What one client is about to do in a round.
 
     Attributes:
@@ -82,26 +80,29 @@ def client_process(
     env: simpy.Environment, slot: int, round_index: int, trip: Itinerary, board: RoundBoard, trace: Trace
 ) -> Generator[simpy.Event, Any, None]:
     """Play one client's round. Nothing makes a client wait yet: its download starts at once."""
-    client = trip.client
-    board.download_start_s[slot] = env.now
-    trace.add(env.now, round_index, client, Event.DOWNLOAD_START, trip.download_bytes)
+    client, now_s = trip.client, env.now
+    board.download_start_s[slot] = now_s
+    trace.add(now_s, round_index, client, Event.DOWNLOAD_START, trip.download_bytes)
     try:
         yield env.timeout(trip.download_s)
-        board.download_end_s[slot] = env.now
+        now_s = env.now
+        board.download_end_s[slot] = now_s
         board.phases_done[slot] = 1
-        trace.add(env.now, round_index, client, Event.DOWNLOAD_END, trip.download_bytes)
+        trace.add(now_s, round_index, client, Event.DOWNLOAD_END, trip.download_bytes)
         if trip.fits_memory:
             yield env.timeout(trip.compute_s)
-            board.compute_end_s[slot] = env.now
+            now_s = env.now
+            board.compute_end_s[slot] = now_s
             board.phases_done[slot] = 2
-            trace.add(env.now, round_index, client, Event.COMPUTE_END, trip.compute_s)
+            trace.add(now_s, round_index, client, Event.COMPUTE_END, trip.compute_s)
             yield env.timeout(trip.upload_s)
-            board.upload_end_s[slot] = env.now
+            now_s = env.now
+            board.upload_end_s[slot] = now_s
             board.phases_done[slot] = PHASES
-            trace.add(env.now, round_index, client, Event.UPLOAD_END, trip.upload_bytes)
+            trace.add(now_s, round_index, client, Event.UPLOAD_END, trip.upload_bytes)
         else:
-            board.compute_end_s[slot] = board.upload_end_s[slot] = env.now
-            trace.add(env.now, round_index, client, Event.OUT_OF_MEMORY, trip.peak_memory_bytes)
+            board.compute_end_s[slot] = board.upload_end_s[slot] = now_s
+            trace.add(now_s, round_index, client, Event.OUT_OF_MEMORY, trip.peak_memory_bytes)
         board.finish(slot, arrived=trip.fits_memory)
         yield board.closed
     except simpy.Interrupt:

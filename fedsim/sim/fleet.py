@@ -86,6 +86,15 @@ class Fleet:
         """Index of each client's power mode among its profile's modes; of all clients when None."""
         return self._modes.draw(self.seed, round_index, self._all(clients))
 
+    def mode_changes(self, round_index: int) -> IntArray:
+        """The clients whose power mode differs from the round before (in round 0: all), ascending."""
+        everyone = np.arange(self.clients, dtype=np.int64)
+        if round_index == 0:
+            return everyone
+        if not self._modes.period or round_index % self._modes.period:
+            return everyone[:0]
+        return everyone[self.modes(round_index) != self.modes(round_index - 1)]
+
     def mode_names(self, round_index: int, clients: IntArray | None = None) -> NDArray[np.str_]:
         """Name of each client's power mode; of all clients when None."""
         names: NDArray[np.str_] = self._modes.names[self._modes.rows(self.seed, round_index, self._all(clients))]

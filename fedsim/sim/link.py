@@ -57,5 +57,5 @@ def bytes_moved(bytes_: ArrayLike, elapsed_s: ArrayLike, planned_s: ArrayLike, l
     latency_s = np.asarray(latency_s, dtype=np.float64)
     payload_s = np.asarray(planned_s, dtype=np.float64) - latency_s
     gone_s = np.asarray(elapsed_s, dtype=np.float64) - latency_s
-    share = np.divide(gone_s, payload_s, out=np.zeros_like(payload_s), where=payload_s > 0)
+    share = np.where(payload_s > 0, gone_s / np.where(payload_s > 0, payload_s, 1.0), 0.0)
     return np.asarray(bytes_, dtype=np.float64) * np.clip(share, 0.0, 1.0)

@@ -177,10 +177,9 @@ class _Run:
 
     def _record_modes(self, round_index: int, now_s: float) -> None:
         """Record each client's power mode at the start, and again when a re-draw changes it."""
-        modes = self.fleet.modes(round_index)
-        changed = np.ones(len(modes), bool) if round_index == 0 else modes != self.fleet.modes(round_index - 1)
-        for client in np.flatnonzero(changed).tolist():
-            self.trace.add(now_s, round_index, client, Event.MODE, float(modes[client]))
+        changed = self.fleet.mode_changes(round_index)
+        for client, mode in zip(changed.tolist(), self.fleet.modes(round_index, changed).tolist(), strict=True):
+            self.trace.add(now_s, round_index, client, Event.MODE, mode)
 
 
 def _itineraries(fleet: Fleet, plan: RoundPlan) -> list[Itinerary]:

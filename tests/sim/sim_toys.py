@@ -31,8 +31,11 @@ class ToyFleet:
     def device_of(self):
         return np.array(["toy"] * self.clients)
 
-    def modes(self, round_index, clients=None):
-        return np.zeros(self.clients, dtype=np.int64)
+    def modes(self, round_index, clients):
+        return np.zeros(len(clients), dtype=np.int64)
+
+    def mode_changes(self, round_index):
+        return np.arange(0 if round_index else self.clients)
 
     def mode_names(self, round_index, clients):
         return np.array(["only"] * len(clients))

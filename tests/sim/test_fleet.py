@@ -114,6 +114,8 @@ def test_modes_are_redrawn_every_period(fleet_file):
     draws = np.array([fleet.modes(r) for r in range(12)])
     for r in range(1, 12):
         assert np.array_equal(draws[r], draws[r - 1]) == (r % 5 != 0)
+        assert np.array_equal(fleet.mode_changes(r), np.flatnonzero(draws[r] != draws[r - 1]))
+    assert len(fleet.mode_changes(0)) == 3000
     assert np.all(draws[:, 1::2] == 0)
     # 1500 boards, three modes: each count is binomial with standard deviation 18.3.
     assert np.all(np.abs(np.bincount(draws[0, red], minlength=3) - 500) < 4.5 * 18.3)
