@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run one experiment", description="Run one experiment.")
     run.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a preset such as quickstart")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, such as train.local_steps=10")
+    run.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="configuration keys, such as train.local_steps=10"
+    )
     run.add_argument("--out", metavar="DIR", type=Path, help="run directory (default: runs/CONFIG-METHOD-seedN)")
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -60,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="runs, or folders of runs")
     compare.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
     compare.add_argument("--baseline", metavar="METHOD", help="method that speedups are measured against")
-    compare.add_argument("--out", metavar="DIR", type=Path, help="folder for figures and their CSV (default: none drawn)")
+    compare.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder for figures and their CSV (default: none drawn)"
+    )
     compare.add_argument("--round", metavar="N", type=int, help="round of the timeline (default: the middle one)")
     compare.add_argument("--json", action="store_true", help="machine-readable output")
     compare.set_defaults(action=_compare)

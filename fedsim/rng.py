@@ -72,7 +72,9 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def uniforms(seed: int, stream: Stream, clients: ArrayLike, *keys: int) -> NDArray[np.float64]:
-    """One number in the open interval (0, 1) per client, shape of `clients`, a function of (seed, stream, keys, client)."""
+    """One number in the open interval (0, 1) per client, shape of `clients`: a function of (seed, stream, keys, client)
+    and of nothing else.
+    """
     with np.errstate(over="ignore"):
         state = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
         for key in (int(stream), *keys):

@@ -147,7 +147,9 @@ class RewardSettings(Section):
     """The bandit's reward: weights of (loss reduction, pruning progress, importance); kappa is ``time_penalty``."""
 
     kind: Literal["product", "fedmp"] = "product"
-    weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(default=(1.0, 0.25, 0.25), strict=False)
+    weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = Field(
+        default=(1.0, 0.25, 0.25), strict=False
+    )
     time_penalty: NonNegativeFloat = 2.0
     time_share: Fraction = 0.0
 
@@ -202,6 +204,6 @@ class Config(Section):
 
     @property
     def prune_end_round(self) -> int:
-        """The round (exclusive) by which the schedule reaches its target: as asked, else three quarters of all rounds."""
+        """Exclusive end of the schedule's rise to its target: as asked, else three quarters of all rounds."""
         asked = self.prune.end_round
         return max(self.prune_warmup_rounds + 1, 3 * self.server.rounds // 4) if asked is None else asked

@@ -64,6 +64,16 @@ class Ask(Protocol):
     def work(self, ratio_before: ArrayLike, ratio: ArrayLike, rank: ArrayLike) -> Work:
         """Work of a job that starts at pruning ratio `ratio_before` and ends at `ratio`; arguments broadcast."""
 
+    def work_of_counts(
+        self,
+        heads_start: ArrayLike,
+        channels_start: ArrayLike,
+        heads_end: ArrayLike,
+        channels_end: ArrayLike,
+        rank: ArrayLike,
+    ) -> Work:
+        """Work of jobs whose layers keep unequal counts, shape (P, layers) each: ``global`` selection."""
+
 
 class ExpectedTime(Protocol):
     """The true time of a round without its jitter: for the `oracle` policy only."""

@@ -153,6 +153,4 @@ class Structure:
 
     def same_as(self, other: Structure) -> bool:
         """Whether both keep the same groups."""
-        return np.array_equal(self.head_mask, other.head_mask) and np.array_equal(
-            self.channel_mask, other.channel_mask
-        )
+        return np.array_equal(self.head_mask, other.head_mask) and np.array_equal(self.channel_mask, other.channel_mask)

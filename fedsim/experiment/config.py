@@ -41,7 +41,9 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> Tree:
     for key_node, _ in node.value:
         key = loader.construct_object(key_node)
         if key in seen:
-            raise ConfigError(f"key '{key}' stands twice (line {key_node.start_mark.line + 1}); each key is allowed once")
+            raise ConfigError(
+                f"key '{key}' stands twice (line {key_node.start_mark.line + 1}); each key is allowed once"
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
@@ -69,7 +71,7 @@ def find_config(name: str | Path) -> Path:
 def read_tree(path: Path) -> Tree:
     """The raw mapping in a YAML file."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration '{path}' is not readable YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -89,7 +91,7 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"override '{item}' is not of the form key=value, such as train.local_steps=10")
         try:
-            values[key.strip()] = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+            values[key.strip()] = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"override '{item}': the value is not readable YAML") from error
     return values
@@ -212,7 +214,9 @@ def _check(config: Config, method: Method) -> None:
             f"{model.lora_rank_max})"
         )
     if model.lora_rank_max < 2:
-        raise ConfigError("model.lora_rank_max: value 1 is not allowed (at least 2: the ranks on offer are 2, 4, 8, ...)")
+        raise ConfigError(
+            "model.lora_rank_max: value 1 is not allowed (at least 2: the ranks on offer are 2, 4, 8, ...)"
+        )
     if method.prunes and model.lora_targets != "all" and prune.criterion == "lora_guided":
         raise ConfigError(
             f"model.lora_targets: value {model.lora_targets!r} is not allowed with prune.criterion lora_guided (it "

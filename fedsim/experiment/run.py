@@ -16,17 +16,17 @@ import yaml
 from fedsim.cost.device import DeviceProfile, perturbed
 from fedsim.errors import RunError
 from fedsim.experiment.build import Experiment, build
-from fedsim.experiment.checkpoint import load_checkpoint, save_checkpoint
+from fedsim.experiment.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
 from fedsim.experiment.config import build_config, config_hash, config_yaml, find_config, read_tree
 from fedsim.experiment.progress import Progress
 from fedsim.experiment.records import RecordWriter
 from fedsim.experiment.results import Run, load
-from fedsim.experiment.rundir import RunDirectory
+from fedsim.experiment.rundir import CHECKPOINT, MANIFEST, RunDirectory
 from fedsim.methods.catalogue import method_named
 from fedsim.resources import resource_folder
 from fedsim.rng import Stream, generator
 from fedsim.settings import Config
-from fedsim.sim.server import SimState, should_stop, simulate
+from fedsim.sim.server import SimState, finished, simulate, state_after
 from fedsim.sim.trace import TraceBlock
 from fedsim.specs import RoundLearning, RoundPlan, RoundReport
 
@@ -48,7 +48,7 @@ def run(
     Args:
         config: a YAML file, the name of a preset, a nested mapping, or a ready `Config`.
         out: run directory; by default ``runs/<configuration>-<method>-seed<seed>``.
-        resume: go on from the last checkpoint (a finished run is returned as it is).
+        resume: go on from the last checkpoint, or begin where there is none (a finished run is returned as it is).
         force: overwrite what is in `out`.
         quiet: no progress lines.
         profile_draw: number of a draw of the device profiles from their error bands; None takes the values themselves.
@@ -58,21 +58,32 @@ def run(
         FedsimError: one sentence naming the field, the value and what is allowed.
     """
     checked, stem = _resolve(config, {key.replace("__", "."): value for key, value in overrides.items()})
-    path = Path(out) if out is not None else Path("runs") / f"{stem}-{checked.method}-seed{checked.seed}"
-    if resume and not force:
+    path = Path(out) if out is not None else _default_directory(stem, checked)
+    # A run killed before its manifest was written has nothing to resume: it begins.
+    if resume and not force and (path / MANIFEST).exists():
         with RunDirectory.open_for_resume(path) as directory:
             checked = _same_config(directory, checked)
             if directory.manifest["status"] == "finished":
                 return load(path)
-            _play(directory, checked, quiet, profile_draw, resume=True)
+            _play(directory, checked, quiet, profile_draw)
         return load(path)
     # What is wrong with the configuration must show before anything in the directory is touched.
     experiment, progress = _prepare(checked, quiet, profile_draw, done=0)
     with RunDirectory.create(path, force=force) as directory:
         directory.write_text("config.yaml", config_yaml(checked))
         directory.write_manifest(_first_manifest(checked, experiment, profile_draw))
-        _simulate(directory, experiment, progress, start=None, spent_s=0.0)
+        _simulate(directory, experiment, progress, SimState(), spent_s=0.0)
     return load(path)
+
+
+def default_directory(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any]) -> Path:
+    """Where `run` writes when no directory is given."""
+    checked, stem = _resolve(config, overrides)
+    return _default_directory(stem, checked)
+
+
+def _default_directory(stem: str, config: Config) -> Path:
+    return Path("runs") / f"{stem}-{config.method}-seed{config.seed}"
 
 
 def _resolve(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping[str, Any]) -> tuple[Config, str]:
@@ -102,30 +113,31 @@ def _prepare(config: Config, quiet: bool, profile_draw: int | None, done: int) -
     return build(config, progress.say, _perturbation(config.seed, profile_draw)), progress
 
 
-def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: int | None, resume: bool) -> None:
-    next_round, state, meta = load_checkpoint(directory.path / "checkpoint")
+def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: int | None) -> None:
+    """Go on from the last checkpoint; from the beginning where the run was stopped before its first one."""
+    checkpoints = directory.path / CHECKPOINT
+    if not has_checkpoint(checkpoints):
+        experiment, progress = _prepare(config, quiet, profile_draw, done=0)
+        directory.write_manifest(_first_manifest(config, experiment, profile_draw))
+        _simulate(directory, experiment, progress, SimState(), spent_s=0.0)
+        return
+    next_round, state, meta = load_checkpoint(checkpoints)
     experiment, progress = _prepare(config, quiet, profile_draw, done=next_round)
     experiment.federation.restore(state)
-    start = SimState(next_round=next_round, now_s=float(meta["now_s"]), trace_hash=str(meta["trace_hash"]))
-    _simulate(directory, experiment, progress, start, float(meta["host_s"]), stopped=bool(meta["stopped"]))
+    start = SimState(next_round, float(meta["now_s"]), str(meta["trace_hash"]), bool(meta["target_met"]))
+    _simulate(directory, experiment, progress, start, spent_s=float(meta["host_s"]))
 
 
 def _simulate(
-    directory: RunDirectory,
-    experiment: Experiment,
-    progress: Progress,
-    start: SimState | None,
-    spent_s: float,
-    stopped: bool = False,
+    directory: RunDirectory, experiment: Experiment, progress: Progress, start: SimState, spent_s: float
 ) -> None:
     """Play the rounds; records, checkpoints and the manifest follow.
 
     Args:
         spent_s: host seconds of earlier processes of this run.
-        stopped: the run had met its stopping rule when it was interrupted: only its end is left to write.
     """
     config, federation = experiment.config, experiment.federation
-    writer = RecordWriter(directory.path, config.records, next_round=start.next_round if start else 0)
+    writer = RecordWriter(directory.path, config.records, next_round=start.next_round)
     began_s = time.perf_counter() - spent_s
     round_began_s = time.perf_counter()
 
@@ -134,27 +146,21 @@ def _simulate(
         now_s = time.perf_counter()
         writer.append_round(plan, report, learning, block, host_s=now_s - round_began_s)
         round_began_s = now_s
-        done = plan.round_index + 1
-        last = should_stop(config.server, done, report.end_s, learning.accuracy)
-        if last or done % config.server.checkpoint_every == 0:
-            writer.close_part(done)
-            save_checkpoint(
-                directory.path / "checkpoint",
-                done,
-                dict(federation.state()),
-                {
-                    "now_s": report.end_s,
-                    "trace_hash": block.trace_hash,
-                    "host_s": now_s - began_s,
-                    "stopped": last,
-                },
-            )
+        after = state_after(config.server, report, learning, block)
+        if finished(config.server, after) or after.next_round % config.server.checkpoint_every == 0:
+            # Records first: a part beyond the newest checkpoint is dropped at resume, a missing one is lost.
+            writer.close_part(after.next_round)
+            meta = {
+                "now_s": after.now_s,
+                "trace_hash": after.trace_hash,
+                "target_met": after.target_met,
+                "host_s": now_s - began_s,
+            }
+            save_checkpoint(directory.path / CHECKPOINT, after.next_round, federation.state(), meta)
         progress.round_done(report, learning)
 
     with progress:
-        end = start if start and stopped else simulate(
-            experiment.fleet, federation, config.server, config.seed, on_round, start
-        )
+        end = simulate(experiment.fleet, federation, config.server, config.seed, on_round, start)
     # In this order: killed in between, the parts are still there and a resumed run joins them again.
     writer.join()
     federation.export(directory.path / "adapter")

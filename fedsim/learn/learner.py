@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from fedsim.data.corpus import Corpus
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, unknown
 from fedsim.learn.adapter import Adapter
-from fedsim.learn.aggregate import Contribution, merge
+from fedsim.learn.aggregate import RULES, Contribution, merge
 from fedsim.learn.backbone import Backbone, load_backbone
 from fedsim.learn.batches import Batch, encode, eval_batches
 from fedsim.learn.evaluate import measure_structures
-from fedsim.learn.importance import GroupScores, static_scores
+from fedsim.learn.importance import Criterion, GroupScores, find_criterion
 from fedsim.learn.lora import LoraModel, initial_adapter
 from fedsim.learn.peft_folder import write_peft_folder
 from fedsim.learn.selection import grow, select
@@ -43,6 +43,7 @@ class LearnerParts:
     backbone: Backbone
     model: LoraModel
     trainer: Trainer
+    criterion: Criterion
     test_batches: Sequence[Batch]
 
 
@@ -54,6 +55,8 @@ class LoraLearner:
         self._adapter = adapter
         self._structures: dict[int, Structure] = {}
         self._scores: dict[int, GroupScores] = {}
+        self._static: dict[int, GroupScores] = {}
+        self._fleet: GroupScores | None = None  # the mean of _scores; None when it must be taken anew
         self._pending: dict[Ticket, Job] = {}
         self._trained: dict[Ticket, LocalResult] = {}
         self._next_ticket = 0
@@ -76,9 +79,7 @@ class LoraLearner:
         guide = self._guide(client)
         start = self._structure(client)
         if request.prune:
-            start = grow(
-                self._ranking(client), start, self._parts.backbone.shape, request.ratio_target
-            )
+            start = grow(self._ranking(client), start, self._parts.backbone.shape, request.ratio_target)
         self._next_ticket += 1
         self._pending[self._next_ticket] = Job(request, self._adapter, start, self._scores.get(client), guide)
         return self._next_ticket
@@ -122,10 +123,9 @@ class LoraLearner:
             self._structures[result.client] = update.structure
             if update.scores is not None:
                 self._scores[result.client] = update.scores
-            contributions.append(
-                Contribution(update.adapter, update.structure, update.samples, update.lora_importance)
-            )
+            contributions.append(Contribution(update.adapter, update.structure, update.samples, update.lora_importance))
         if contributions:
+            self._fleet = None
             model = self._parts.config.model
             self._adapter = merge(
                 self._adapter,
@@ -141,13 +141,10 @@ class LoraLearner:
         shape, selection = self._parts.backbone.shape, self._parts.config.prune.selection
         achieved = np.empty(len(clients))
         for place, (client, ratio) in enumerate(zip(clients, ratios, strict=True)):
-            client = int(client)
-            ranking = self._ranking(client)
-            structure = self._structure(client)
-            if self._parts.config.prune.reversible:
-                structure = grow(ranking, structure, shape, float(ratio))
-            structure = select(ranking, structure, shape, float(ratio), selection)
-            self._structures[client] = structure
+            number, target = int(client), float(ratio)
+            structure = self._grown(number, self._structure(number), target)
+            structure = select(self._ranking(number), structure, shape, target, selection)
+            self._structures[number] = structure
             achieved[place] = structure.ratio(shape)
         return achieved
 
@@ -175,37 +172,55 @@ class LoraLearner:
     def _structure(self, client: int) -> Structure:
         return self._structures.get(client, Structure.full(self._parts.backbone.shape))
 
+    def _grown(self, client: int, structure: Structure, ratio: float) -> Structure:
+        """With the groups back that `ratio` leaves room for, where groups may come back at all.
+
+        Under ``global`` selection layers are not alike: the best-ranked structure of that ratio is added whole.
+        """
+        prune, shape = self._parts.config.prune, self._parts.backbone.shape
+        if not prune.reversible or structure.ratio(shape) <= ratio:
+            return structure
+        if prune.selection == "layer_local":
+            return grow(self._ranking(client), structure, shape, ratio)
+        best = select(self._ranking(client), Structure.full(shape), shape, ratio, prune.selection)
+        return Structure(structure.head_mask | best.head_mask, structure.channel_mask | best.channel_mask)
+
     def _guide(self, client: int) -> GroupScores | None:
         """Scores that take the place of a client's own average: a static criterion's, or the fleet's."""
-        prune = self._parts.config.prune
-        static = static_scores(prune.criterion, self._parts.backbone, self._parts.config.seed, client)
+        static = self._parts.criterion.static
         if static is not None:
-            return static
-        return self._fleet_scores() if prune.structure == "common" else None
+            # One mask for all is client 0's draw.
+            owner = 0 if self._parts.config.prune.structure == "common" else client
+            if owner not in self._static:
+                self._static[owner] = static(self._parts.backbone, self._parts.config.seed, owner)
+            return self._static[owner]
+        return self._fleet_scores() if self._parts.config.prune.structure == "common" else None
 
     def _ranking(self, client: int) -> GroupScores:
         """Scores by which a client's groups are ranked outside a job: its guide, its own, or the fleet's."""
-        guide = self._guide(client)
-        own = guide if guide is not None else self._scores.get(client)
-        fleet = own if own is not None else self._fleet_scores()
-        return fleet if fleet is not None else GroupScores.zeros(self._parts.backbone.shape)
+        for scores in (self._guide(client), self._scores.get(client), self._fleet_scores()):
+            if scores is not None:
+                return scores
+        return GroupScores.zeros(self._parts.backbone.shape)
 
     def _fleet_scores(self) -> GroupScores | None:
-        if not self._scores:
-            return None
-        known = [self._scores[client] for client in sorted(self._scores)]
-        return GroupScores(
-            np.mean([scores.heads for scores in known], axis=0), np.mean([scores.channels for scores in known], axis=0)
-        )
+        """The mean over all clients that have scores; None before the first."""
+        if self._fleet is None and self._scores:
+            known = [self._scores[client] for client in sorted(self._scores)]
+            heads, channels = np.zeros_like(known[0].heads), np.zeros_like(known[0].channels)
+            for scores in known:
+                heads += scores.heads
+                channels += scores.channels
+            self._fleet = GroupScores(heads / len(known), channels / len(known))
+        return self._fleet
 
     def _consensus(self, ratio: float) -> Structure:
+        """One structure for all: cut to `ratio` by the averaged importance."""
         shape = self._parts.backbone.shape
         full = Structure.full(shape)
-        if ratio <= 0.0:
-            return full
-        static = static_scores(self._parts.config.prune.criterion, self._parts.backbone, self._parts.config.seed, 0)
-        scores = static if static is not None else self._fleet_scores()
-        if scores is None:
+        static = self._parts.criterion.static
+        scores = self._guide(0) if static is not None else self._fleet_scores()
+        if ratio <= 0.0 or scores is None:
             return full
         return select(scores, full, shape, ratio, self._parts.config.prune.selection)
 
@@ -234,7 +249,10 @@ class LoraLearner:
         """Take what `state` gave."""
         device = self._parts.backbone.device
         self._adapter = Adapter(
-            {name: (_tensor(state[f"A.{name}"], device), _tensor(state[f"B.{name}"], device)) for name in self._adapter.factors},
+            {
+                name: (_tensor(state[f"A.{name}"], device), _tensor(state[f"B.{name}"], device))
+                for name in self._adapter.factors
+            },
             {name: _tensor(state[f"head.{name}"], device) for name in self._adapter.head},
         )
         self._structures = {
@@ -245,6 +263,7 @@ class LoraLearner:
             int(client): GroupScores(state["head_scores"][i], state["channel_scores"][i])
             for i, client in enumerate(state["score_clients"])
         }
+        self._fleet = None
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -279,23 +298,31 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         prunes: whether the method prunes; where not, importance is never estimated.
         parts: each client's sample numbers in ``corpus.train``.
     """
+    criterion = find_criterion(config.prune.criterion)
+    if config.aggregate.rule not in RULES:
+        raise ConfigError(unknown("aggregate.rule", config.aggregate.rule, RULES))
     torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     device = torch_device(config.train.torch_device)
     backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device)
+    if config.train.max_length > backbone.max_tokens:
+        raise ConfigError(
+            f"train.max_length: value {config.train.max_length} is not allowed (model '{config.model.name}' takes at "
+            f"most {backbone.max_tokens} tokens)"
+        )
     model = LoraModel(backbone, config.model.lora_targets, config.model.lora_alpha_over_rank)
     uniform_rank = config.control.policy == "uniform" and config.aggregate.rule == "average_factors"
     rank = config.model.lora_rank if uniform_rank else config.model.lora_rank_max
     adapter = initial_adapter(backbone, config.model.lora_targets, rank, config.seed)
-    static = config.prune.criterion in ("random", "magnitude")
     rule = TrainRule(
         seed=config.seed,
         batch_size=config.train.batch_size,
-        importance_every=config.prune.importance_every if prunes and not static else None,
+        criterion=criterion if prunes else None,
+        importance_every=config.prune.importance_every,
         selection=config.prune.selection,
     )
     text = encode(corpus.train, backbone.tokenizer, config.train.max_length)
     test = encode(corpus.test, backbone.tokenizer, config.train.max_length)
-    batches = list(eval_batches(test, EVALUATION_BATCH, device))
+    batches, _ = eval_batches(test, EVALUATION_BATCH, device)
     trainer = ReferenceTrainer(model, ClientData(text, parts), rule)
-    return LoraLearner(LearnerParts(config, backbone, model, trainer, batches), adapter)
+    return LoraLearner(LearnerParts(config, backbone, model, trainer, criterion, batches), adapter)

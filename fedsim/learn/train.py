@@ -19,7 +19,7 @@ import torch
 
 from fedsim.learn.adapter import Adapter
 from fedsim.learn.batches import Batch, EncodedText, batch_stream, fixed_batch
-from fedsim.learn.importance import GroupScores, lora_guided, lora_importance, smooth
+from fedsim.learn.importance import Criterion, GroupScores, lora_importance, smooth
 from fedsim.learn.lora import LoraModel, restrict
 from fedsim.learn.selection import select
 from fedsim.specs import IntArray, LocalRequest, Outcome
@@ -63,11 +63,18 @@ class Update:
 
 @dataclass(frozen=True)
 class TrainRule:
-    """What all jobs of a run share. ``importance_every`` is None where no gradients are read for importance."""
+    """What all jobs of a run share.
+
+    Attributes:
+        criterion: how groups are scored; None where the method never prunes.
+        importance_every: local steps per estimate.
+        selection: ``prune.selection``.
+    """
 
     seed: int
     batch_size: int
-    importance_every: int | None
+    criterion: Criterion | None
+    importance_every: int
     selection: str
 
 
@@ -104,7 +111,13 @@ class ReferenceTrainer:
         device = model.backbone.device
         probe = fixed_batch(self._data.text, indices, PROBE_SAMPLES, self._rule.seed, request.client, device)
         stream = batch_stream(
-            self._data.text, indices, self._rule.batch_size, self._rule.seed, request.client, request.round_index, device
+            self._data.text,
+            indices,
+            self._rule.batch_size,
+            self._rule.seed,
+            request.client,
+            request.round_index,
+            device,
         )
         loss_before = self._probe_loss(probe)
         optimizer = torch.optim.AdamW(model.parameters_list(), lr=request.learning_rate, weight_decay=0.0)
@@ -142,10 +155,10 @@ class ReferenceTrainer:
         )
 
     def _estimate(self, scores: GroupScores | None, step: int) -> GroupScores | None:
-        every = self._rule.importance_every
-        if every is None or (step + 1) % every != 0:
+        criterion, every = self._rule.criterion, self._rule.importance_every
+        if criterion is None or criterion.estimate is None or (step + 1) % every != 0:
             return scores
-        return smooth(scores, lora_guided(self._model), steps=every)
+        return smooth(scores, criterion.estimate(self._model), steps=every)
 
     def _prune(
         self, job: Job, structure: Structure, scores: GroupScores | None, optimizer: torch.optim.Optimizer

@@ -4,16 +4,19 @@ The round (FedSpine, arXiv 2501.02438): choose arms, freeze the jobs, let the cl
 reward, teach the policy, evaluate. Methods differ in their settings, not in this code.
 
 Unspecified in the paper; we chose: a client whose update did not arrive (late, out of memory, not finite) keeps the
-ratio it had before; before the last evaluation every device, sampled lately or not, is cut to its target: `prune.target`
-under ``every_device``; under ``fleet_mean`` the ratios as they stand, shifted together so that their mean is the target.
+ratio it had before; before the last evaluation every device, sampled lately or not, is cut to its target:
+`prune.target` under ``every_device``; under ``fleet_mean`` the ratios as they stand, shifted together so that their mean
+is the target. Under ``global`` selection a job's cost is known only once it is trained, so its participants are trained
+at dispatch, whether or not their updates arrive.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.control.policies import recentre
 from fedsim.control.reward import RewardModel
@@ -37,6 +40,7 @@ from fedsim.specs import (
     RoundReport,
     State,
     Ticket,
+    Work,
 )
 
 
@@ -73,6 +77,7 @@ class Federation:
         self._asked = np.zeros(parts.clients)
         self._achieved = np.zeros(parts.clients)
         self._tickets: dict[int, Ticket] = {}
+        self._results: dict[int, LocalResult] = {}  # trained before the clock needed them (global selection)
         self._plan: RoundPlan | None = None
         self._step_max = _step_max(parts)
 
@@ -88,7 +93,7 @@ class Federation:
         plan = RoundPlan(round_index, clients, before, ratio, arms.rank, work)
         rate = self._learning_rate(round_index)
         prune = parts.method.prunes and round_index >= parts.config.prune_warmup_rounds
-        self._tickets = {
+        tickets = {
             int(client): parts.learner.submit(
                 LocalRequest(
                     client=int(client),
@@ -103,6 +108,11 @@ class Federation:
             )
             for client, target, rank in zip(clients, ratio, arms.rank, strict=True)
         }
+        if prune and parts.config.prune.selection == "global":
+            self._results = {client: parts.learner.result(ticket) for client, ticket in tickets.items()}
+            plan = replace(plan, work=self._measured_work(list(self._results.values()), arms.rank))
+        else:
+            self._tickets = tickets
         self._plan = plan
         return plan
 
@@ -113,11 +123,7 @@ class Federation:
             raise RuntimeError(f"round {report.round_index} was closed without having been opened")
         parts = self._parts
         arrived = np.array([outcome == Outcome.OK for outcome in report.outcome])
-        for client in plan.clients[~arrived]:
-            parts.learner.discard(self._tickets.pop(int(client)))
-        results: dict[int, LocalResult] = {}
-        for client in plan.clients[arrived]:
-            results[int(client)] = parts.learner.result(self._tickets.pop(int(client)))
+        results = self._results_of(plan.clients, arrived)
         good = [result for result in results.values() if result.outcome == Outcome.OK]
         parts.learner.aggregate(good)
         for result in good:
@@ -200,6 +206,24 @@ class Federation:
 
     def _stateful(self) -> tuple[tuple[str, Learner | Policy | RewardModel], ...]:
         return (("learner", self._parts.learner), ("policy", self._parts.policy), ("reward", self._parts.reward))
+
+    def _results_of(self, clients: IntArray, arrived: NDArray[np.bool_]) -> dict[int, LocalResult]:
+        """Results of the clients whose updates arrived; jobs of the others are forgotten, untrained if they can be."""
+        for client in clients[~arrived]:
+            ticket = self._tickets.pop(int(client), None)
+            if ticket is not None:
+                self._parts.learner.discard(ticket)
+        for client, ticket in self._tickets.items():
+            self._results[client] = self._parts.learner.result(ticket)
+        results = {int(client): self._results[int(client)] for client in clients[arrived]}
+        self._tickets, self._results = {}, {}
+        return results
+
+    def _measured_work(self, results: list[LocalResult], rank: IntArray) -> Work:
+        """Work of jobs whose layers lost unequal shares, from the groups they really kept."""
+        heads_start, channels_start = (np.stack([r.kept_before[kind] for r in results]) for kind in (0, 1))
+        heads_end, channels_end = (np.stack([r.kept_after[kind] for r in results]) for kind in (0, 1))
+        return self._parts.ask.work_of_counts(heads_start, channels_start, heads_end, channels_end, rank)
 
     def _context(self, round_index: int, clients: IntArray, before: FloatArray) -> RoundContext:
         config, method = self._parts.config, self._parts.method
