@@ -256,7 +256,7 @@ def _report(tx2: Tx2Fit, orin: OrinEvidence, mlperf: dict[str, float]) -> str:
         f"memory and launch terms fixed beforehand ({tx2.efficiency_alone} when operations are the only term)",
         f"memory: FRAMEWORK_BYTES = {tx2.framework_bytes:.3g}, MEMORY_GROWTH = {tx2.memory_growth}",
         f"not fitted: {tx2.outlier_published_s} s published elsewhere for full tuning of the same setting; the model "
-        f"says {100 * tx2.outlier_residual_fraction:+.1f}% (an outlier against the {tx2.published_s[-1]} s of depth 12)",
+        f"says {100 * tx2.outlier_residual_fraction:+.1f}% (depth 12 above: {tx2.published_s[-1]} s)",
         "",
         "Orin family (forward or single products, not training: carried over, status extrapolated)",
         f"launch_cost = {orin.launch_cost_ms_ghz} ms*GHz: median of the smallest ViT layers, an upper bound",

@@ -23,6 +23,9 @@ from fedsim.errors import ProfileError, unknown
 from fedsim.resources import resource_folder
 from fedsim.specs import FloatArray
 
+# The same safe loader in C where PyYAML was built with it: ten times faster.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
 FLOPS_PER_CORE_CYCLE = 2
 """One fused multiply-add per core and clock."""
 
@@ -163,7 +166,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
             raise ProfileError(unknown("device", str(name_or_path), profile_names()) + ", or the path of a .yaml file")
         path = resource_folder("device_profiles") / f"{name_or_path}.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
     except FileNotFoundError as error:
         raise ProfileError(f"profile file {path} does not exist") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
