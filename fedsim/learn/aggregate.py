@@ -145,7 +145,8 @@ def lowrank(
     """Masked weighted mean of the updates, truncated to `rank_max` (FedSpine, arXiv 2501.02438). See the module.
 
     The new factors satisfy ``c B A = mean dW`` up to the truncation, with ``B A = U S V'`` split evenly. Components
-    beyond the mean's own rank are zero in both factors: whoever hands them out starts them afresh.
+    beyond the mean's own rank have zero columns of ``B`` and keep the previous adapter's rows of ``A``: the product is
+    the mean's, and a device that gets them can train them (with both zero they would never get a gradient).
     """
     weights = client_weights(contributions, settings.importance_weight)
     factors: dict[str, Factors] = {}
@@ -153,7 +154,11 @@ def lowrank(
         transposed = linear.role in _COLUMN_PRUNED
         pruned, whole = _mean_update(linear.name, transposed, previous, contributions, weights, coverage, rank_max)
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
-        factors[linear.name] = (a.contiguous(), b.contiguous())
+        a, old_a = a.contiguous(), previous.factors[linear.name][0]
+        present = int(b.any(dim=0).sum())  # singular values descend: the others come last
+        end = min(rank_max, old_a.shape[0])
+        a[present:end] = old_a[present:end]
+        factors[linear.name] = (a, b.contiguous())
     return Adapter(factors, _mean_head(previous, contributions, weights))
 
 

@@ -7,7 +7,7 @@ evenly, ``B = U sqrt(S)`` and ``A = sqrt(S) V'``, as FlexLoRA does (arXiv 2402.1
   SVD. Squaring loses half of the digits, which in float64 leaves 1e-8 of the largest singular value: less than the
   rounding of the float32 factors that come out. It is deterministic on one host and thread count.
 * Components below ``NEGLIGIBLE`` of the largest are rounding, and come out as exact zeros in both factors, so that a
-  receiver can tell which of the `rank` components are there (and start the others as it starts fresh ones).
+  receiver can tell which of the `rank` components are there.
 * Signs: in every column of ``B`` the first entry among the largest in magnitude is positive. Equal singular values
   leave their vectors free to rotate; the product does not depend on it unless the truncation falls between them.
 """

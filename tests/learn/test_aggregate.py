@@ -109,6 +109,17 @@ def test_mean_of_lower_rank_survives_a_small_rank_max():
         torch.testing.assert_close(_update(merged, name), 2 * _update(first.adapter, name), rtol=0, atol=5e-5)
 
 
+def test_components_that_nobody_filled_stay_trainable():
+    previous = _previous(8)
+    merged = merge(previous, [_contribution(1, rank=4)], SHAPE, 10, C, LOWRANK)
+    for name in EVERY:
+        a, b = merged.factors[name]
+        assert torch.equal(a[4:8], previous.factors[name][0][4:])
+        assert torch.count_nonzero(b[:, 4:]) == 0
+        assert torch.count_nonzero(a[8:]) == 0
+        assert not torch.equal(a[:4], previous.factors[name][0][:4])
+
+
 @pytest.mark.parametrize("factored", [True, False])
 def test_bits_repeat_and_buffers_do_not_matter(factored, monkeypatch):
     monkeypatch.setattr(aggregate, "factored_is_cheaper", lambda d_out, d_in, rank_sum: factored)
