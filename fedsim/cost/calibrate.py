@@ -19,7 +19,7 @@ import pandas as pd
 
 from fedsim.cost.describe import table
 from fedsim.cost.device import DeviceProfile, load_profile, peak_flops_per_s, rates_of
-from fedsim.cost.estimate import compute_time, estimate
+from fedsim.cost.estimate import compute_time, estimate_step
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting, kept_sums, memory_parts, step_work
 from fedsim.errors import DataError, FedsimError
@@ -272,7 +272,7 @@ def _report(tx2: Tx2Fit, orin: OrinEvidence, mlperf: dict[str, float]) -> str:
     ]
     for name in ("nano", "tx2", "xavier-nx", "agx-xavier", "orin-nano", "orin-nx", "agx-orin"):
         profile = load_profile(f"jetson-{name}")
-        numbers = estimate(profile, load_shape("roberta-base"), StepSetting(16, 128))
+        numbers = estimate_step(profile, load_shape("roberta-base"), StepSetting(16, 128))
         eta = profile.efficiency_fp32
         whole = float(numbers["flops"]) / float(numbers["step_time_s"]) / 1e12
         lines.append(

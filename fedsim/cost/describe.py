@@ -58,13 +58,19 @@ def _quantity_row(name: str, quantity: Quantity) -> list[str]:
     return [name, numbers[0], quantity.unit, quantity.status, numbers[1], numbers[2], quantity.source]
 
 
-def devices_as_list() -> list[dict[str, Any]]:
-    """Every built-in profile, for JSON."""
-    return [profile_as_dict(load_profile(name)) for name in profile_names()]
+def devices_json(name: str | None = None) -> dict[str, Any] | list[dict[str, Any]]:
+    """One profile (a name or a YAML path), or all built-in ones; for JSON."""
+    if name is not None:
+        return profile_as_dict(load_profile(name))
+    return [profile_as_dict(load_profile(each)) for each in profile_names()]
 
 
-def devices_text() -> str:
-    """One line per built-in device: default mode, its rates, memory, and what the efficiency rests on."""
+def devices_text(name: str | None = None) -> str:
+    """Every number of one profile; or, without a name, one line per built-in device with its default mode's rates."""
+    return profile_text(load_profile(name)) if name is not None else _overview()
+
+
+def _overview() -> str:
     rows = []
     for name in profile_names():
         profile = load_profile(name)

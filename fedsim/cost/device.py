@@ -84,7 +84,7 @@ class DeviceProfile:
         efficiency_fp32, efficiency_fp16: share of the peak that a step's operations reach, memory and launches apart.
         bandwidth_efficiency: share of the bandwidth that kernels reach.
         launch_cost: CPU time of one kernel launch times CPU clock.
-        idle_power: drawn while waiting; radio_power: drawn by the whole board while data flows.
+        idle_power: drawn while not computing; radio_power: drawn above that while data flows.
     """
 
     name: str

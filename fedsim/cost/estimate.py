@@ -11,10 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from fedsim.cost.device import DeviceProfile, Rates, rates_of
+from fedsim.cost.device import DeviceProfile, Rates, load_profile, rates_of
+from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import (
     TRAINED_BYTES,
+    Precision,
     StepSetting,
+    Tuning,
     kept_sums,
     lora_weights,
     step_work,
@@ -84,7 +87,7 @@ def fits_memory(peak_memory_bytes: FloatArray, rates: Rates) -> FloatArray:
     return np.asarray(peak_memory_bytes <= rates.usable_memory_bytes)
 
 
-def estimate(
+def estimate_step(
     profile: DeviceProfile,
     shape: ModelShape,
     setting: StepSetting,
@@ -129,6 +132,29 @@ def estimate(
         "fits_memory": bool(fits_memory(work.peak_memory_bytes, rates)),
         "samples_per_s": setting.batch_size / total_s,
     }
+
+
+def estimate(
+    *,
+    device: str,
+    model: str,
+    batch_size: int,
+    seq_len: int,
+    mode: str | None = None,
+    tuning: Tuning = "lora",
+    lora_rank: int = 8,
+    train_top_layers: int | None = None,
+    prune_ratio: float = 0.0,
+    precision: Precision = "fp32",
+) -> dict[str, float | bool]:
+    """`estimate_step` by names: what ``fedsim estimate`` calls.
+
+    Args:
+        device: a built-in device, or the path of a profile's YAML file.
+        model: see `fedsim.cost.shapes.load_shape`.
+    """
+    setting = StepSetting(batch_size, seq_len, precision, tuning, train_top_layers)
+    return estimate_step(load_profile(device), load_shape(model), setting, mode, lora_rank, prune_ratio)
 
 
 def _upload_bytes(

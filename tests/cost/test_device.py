@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from fedsim.cost.describe import devices_as_list, devices_text, profile_as_dict, profile_text
+from fedsim.cost.describe import devices_json, devices_text, profile_as_dict, profile_text
 from fedsim.cost.device import (
     Rates,
     load_profile,
@@ -19,7 +19,7 @@ from fedsim.cost.device import (
     rates_of,
     stack_rates,
 )
-from fedsim.cost.estimate import estimate
+from fedsim.cost.estimate import estimate_step
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting
 from fedsim.errors import ProfileError
@@ -55,7 +55,7 @@ def test_default_mode_is_the_fastest(name):
         (load_shape("roberta-base"), StepSetting(16, 128)),
         (load_shape("bert-base"), StepSetting(4, 256, tuning="full")),
     ):
-        times = {mode: estimate(profile, shape, setting, mode)["step_time_s"] for mode in profile.modes}
+        times = {mode: estimate_step(profile, shape, setting, mode)["step_time_s"] for mode in profile.modes}
         assert times[profile.default_mode] == min(times.values())
 
 
@@ -184,7 +184,7 @@ def test_own_file_may_name_its_default_mode(tmp_path, content):
 @pytest.mark.parametrize("field", ["gpu_clock", "memory_clock", "cpu_clock", "active_sms"])
 def test_a_changed_profile_changes_the_time(content, field):
     def seconds(changed):
-        numbers = estimate(parse_profile(changed, "x"), load_shape("bert-base"), StepSetting(2, 32), "Max-N")
+        numbers = estimate_step(parse_profile(changed, "x"), load_shape("bert-base"), StepSetting(2, 32), "Max-N")
         return numbers["step_time_s"]
 
     quantity = content["modes"]["Max-N"][field]
@@ -221,6 +221,8 @@ def test_descriptions_show_every_number():
     as_dict = profile_as_dict(profile)
     assert set(as_dict["efficiency_fp32"]) == {"value", "unit", "status", "source", "low", "high"}
     assert as_dict["modes"]["Max-N"]["gpu_clock"]["unit"] == "MHz"
-    assert len(devices_as_list()) == 7
+    assert len(devices_json()) == 7
+    assert devices_json("jetson-tx2") == as_dict
+    assert devices_text("jetson-tx2") == text
     assert all(name in devices_text() for name in profile_names())
     assert profile_text(replace(profile, description="x")).startswith("jetson-tx2: x\n")

@@ -7,10 +7,11 @@ import pytest
 
 from fedsim.cost.describe import estimate_text
 from fedsim.cost.device import Rates, load_profile
-from fedsim.cost.estimate import busy_energy_joules, compute_time, estimate, fits_memory
+from fedsim.cost.estimate import busy_energy_joules, compute_time, estimate, estimate_step, fits_memory
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting, StepWork
 from fedsim.errors import ConfigError, ProfileError
+from fedsim.resources import resource_folder
 
 TX2, BERT = load_profile("jetson-tx2"), load_shape("bert-base")
 KEYS = [
@@ -72,7 +73,7 @@ def test_a_missing_compute_time_is_an_error(work):
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "inference"])
 def test_estimate_has_exactly_the_keys_and_adds_up(tuning):
-    numbers = estimate(TX2, BERT, StepSetting(4, 256, tuning=tuning))
+    numbers = estimate_step(TX2, BERT, StepSetting(4, 256, tuning=tuning))
     assert list(numbers) == KEYS
     assert numbers["step_time_s"] == pytest.approx(numbers["compute_s"] + numbers["memory_s"] + numbers["launch_s"])
     assert numbers["samples_per_s"] == pytest.approx(4 / numbers["step_time_s"])
@@ -83,7 +84,7 @@ def test_estimate_has_exactly_the_keys_and_adds_up(tuning):
 
 def test_upload_by_tuning():
     def upload(**changes):
-        return estimate(TX2, BERT, StepSetting(4, 64, **changes), lora_rank=8)["upload_bytes"]
+        return estimate_step(TX2, BERT, StepSetting(4, 64, **changes), lora_rank=8)["upload_bytes"]
 
     head = BERT.head_weights
     assert upload(tuning="inference") == 0
@@ -94,7 +95,7 @@ def test_upload_by_tuning():
 
 
 def test_pruning_saves_time_memory_and_traffic():
-    full, half = (estimate(TX2, BERT, StepSetting(4, 256), prune_ratio=ratio) for ratio in (0.0, 0.5))
+    full, half = (estimate_step(TX2, BERT, StepSetting(4, 256), prune_ratio=ratio) for ratio in (0.0, 0.5))
     for key in ("step_time_s", "compute_s", "memory_s", "peak_memory_bytes", "upload_bytes", "energy_j"):
         assert half[key] < full[key]
     assert half["launch_s"] == full["launch_s"]
@@ -102,8 +103,8 @@ def test_pruning_saves_time_memory_and_traffic():
 
 
 def test_what_does_not_fit_is_said():
-    assert not estimate(TX2, load_shape("llama-7b"), StepSetting(1, 128))["fits_memory"]
-    assert estimate(TX2, BERT, StepSetting(1, 128))["fits_memory"]
+    assert not estimate_step(TX2, load_shape("llama-7b"), StepSetting(1, 128))["fits_memory"]
+    assert estimate_step(TX2, BERT, StepSetting(1, 128))["fits_memory"]
 
 
 @pytest.mark.parametrize(
@@ -117,4 +118,13 @@ def test_what_does_not_fit_is_said():
 )
 def test_bad_arguments_are_named(arguments, said):
     with pytest.raises(ConfigError, match=said):
-        estimate(TX2, BERT, StepSetting(4, 64), **arguments)
+        estimate_step(TX2, BERT, StepSetting(4, 64), **arguments)
+
+
+def test_by_names_and_from_a_file_as_by_records(tmp_path):
+    path = tmp_path / "board.yaml"
+    path.write_text((resource_folder("device_profiles") / "jetson-tx2.yaml").read_text())
+    named = {"batch_size": 2, "seq_len": 16, "mode": "Max-Q", "lora_rank": 4, "prune_ratio": 0.25, "precision": "fp16"}
+    expected = estimate_step(TX2, BERT, StepSetting(2, 16, "fp16"), "Max-Q", 4, 0.25)
+    for device in ("jetson-tx2", str(path)):
+        assert estimate(device=device, model="bert-base", **named) == expected

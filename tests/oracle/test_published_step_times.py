@@ -7,7 +7,7 @@ exps_data). The numbers stand here so that the test needs no file beside the pro
 import pytest
 
 from fedsim.cost.device import load_profile
-from fedsim.cost.estimate import estimate
+from fedsim.cost.estimate import estimate, estimate_step
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting
 
@@ -16,8 +16,9 @@ PUBLISHED_PEAK_GB = {0: 1.2, 2: 1.7, 4: 2.3, 6: 3.2, 8: 3.9, 10: 4.3, 12: 5.3}
 
 
 def at_depth(depth):
-    setting = StepSetting(4, 256, tuning="full", train_top_layers=depth)
-    return estimate(load_profile("jetson-tx2"), load_shape("bert-base"), setting)
+    return estimate(
+        device="jetson-tx2", model="bert-base", batch_size=4, seq_len=256, tuning="full", train_top_layers=depth
+    )
 
 
 @pytest.mark.parametrize("depth", PUBLISHED_S)
@@ -41,5 +42,5 @@ def test_bert_large_does_not_fit_a_tx2_and_bert_base_does():
     # FeS (UbiquitousLearning/FeS @62f2ffb) plots BERT-large full tuning as out of memory, BERT-base at 5.8 GB.
     tx2 = load_profile("jetson-tx2")
     setting = StepSetting(4, 256, tuning="full")
-    assert estimate(tx2, load_shape("bert-base"), setting)["fits_memory"]
-    assert not estimate(tx2, load_shape("bert-large"), setting)["fits_memory"]
+    assert estimate_step(tx2, load_shape("bert-base"), setting)["fits_memory"]
+    assert not estimate_step(tx2, load_shape("bert-large"), setting)["fits_memory"]
