@@ -23,8 +23,8 @@ class Balanced:
 
     In warm-up (no participant may prune) a device heard of fewer than four times plays ranks spread over those on
     offer. Afterwards a device's rank rises by at most one step a participation, so that a link that has worsened
-    unseen, while little was sent over it, shows before it costs much. A device whose update never arrives teaches nothing: a deadline that always cuts it, or memory that never
-    suffices, stays unknown here.
+    unseen, while little was sent over it, shows before it costs much. A device whose update never arrives teaches
+    nothing: a deadline that always cuts it, or memory that never suffices, stays unknown here.
     """
 
     def __init__(self, *, clients: int, ask: Ask) -> None:

@@ -29,6 +29,7 @@ _WINDOW_ROUNDS = 8
 _LEAST_WINDOW = 256
 _FEDMP_LEAST_GAP = 0.05
 _AT_TARGET = 1e-9
+_LEAST_LOSS = 1e-12
 
 
 class RewardModel:
@@ -83,7 +84,7 @@ class RewardModel:
             value = self._normalised(drop / np.maximum(gap, _FEDMP_LEAST_GAP * mean_time))
             value = np.where(np.isfinite(value), value, 0.0)
         else:
-            relative = np.divide(drop, before, out=np.full(before.shape, np.nan), where=before > 0)
+            relative = np.divide(drop, before, out=np.full(before.shape, np.nan), where=before > _LEAST_LOSS)
             progress = self._progress(ratio_before, ratio, step_max, target, here.shape)
             learning = self._learning(relative, progress, np.asarray(lora_importance, dtype=np.float64), here)
             share = self._settings.time_share

@@ -24,7 +24,7 @@ _FIRST_SPREAD = np.array([0.5, 0.3, 0.2])
 _FIRST_NOISE = 0.03
 _LEAST_NOISE = 0.01
 _NOISE_STEP = 0.1
-_NOISE_CLIP = 0.1
+_NOISE_CLIP_SIGMAS = 3.0
 _CONSTANT_SHARE = 0.1
 _CONSTANT_SPREAD = 0.1
 """What is believed of c before it shows: its share of a device's time, and how far off that may be."""
@@ -100,7 +100,8 @@ class TimeModel:
         theta, covariance = _observe(theta, covariance, constant, _CONSTANT_SHARE * time_s, believed_variance)
         self._theta[clients] = _non_negative(theta, covariance)
         self._covariance[clients] = covariance
-        surprise = np.minimum(error, _NOISE_CLIP) ** 2
+        # Held at three sigma, a lasting noise is learned within rounds, and one jump hardly counts as noise.
+        surprise = np.minimum(error, _NOISE_CLIP_SIGMAS * sigma) ** 2
         self._noise_variance[clients] += _NOISE_STEP * (surprise - self._noise_variance[clients])
         self.observations[clients] += 1
 

@@ -1,0 +1,87 @@
+"""The leveller against a slow search, and its exactness."""
+
+import numpy as np
+import pytest
+from control_toys import ToyAsk, ToyFleet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsim.control.solver import common_deadline, largest_ranks, level
+from fedsim.specs import RoundContext
+
+
+def _slow_mean(times, ratios, deadline):
+    """Mean ratio when each device takes its first ratio that meets the deadline, else its first fastest one."""
+    chosen = []
+    for time_row, ratio_row in zip(times, ratios, strict=True):
+        meets = [index for index, time in enumerate(time_row) if time <= deadline]
+        chosen.append(ratio_row[meets[0] if meets else int(np.argmin(time_row))])
+    return float(np.mean(chosen))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(2, 8), st.floats(0.0, 1.0), st.booleans())
+def test_deadline_is_the_smallest_that_keeps_the_schedule(seed, clients, points, target, falling):
+    draw = np.random.default_rng(seed)
+    # Whole numbers make ties and plateaus common; not falling: times need not fall with the ratio.
+    times = draw.integers(1, 12, (clients, points)).astype(float)
+    times = -np.sort(-times, axis=1) if falling else times
+    ratios = np.sort(draw.random((clients, points)), axis=1)
+    deadline, ratio = common_deadline(times, ratios, target)
+    slow = [value for value in np.unique(times) if _slow_mean(times, ratios, value) <= target]
+    if slow:
+        assert deadline == min(slow)
+    nearest = min(max(target, ratios[:, 0].mean()), ratios[:, -1].mean())
+    assert ratio.mean() == pytest.approx(nearest, abs=1e-9)
+    assert (ratio >= ratios[:, 0]).all()
+    assert (ratio <= ratios[:, -1]).all()
+    if slow and falling:
+        # Topping up to the schedule never makes a device miss a deadline that it met.
+        for row in range(clients):
+            reached = times[row, np.searchsorted(ratios[row], ratio[row] + 1e-9, side="right") - 1]
+            assert reached <= max(deadline, times[row].min())
+
+
+def test_identical_devices_share_a_step_alike():
+    ratios = np.tile([0.0, 0.25, 0.5], (4, 1))
+    times = np.tile([4.0, 3.0, 2.0], (4, 1))
+    _, ratio = common_deadline(times, ratios, 0.3)
+    np.testing.assert_allclose(ratio, 0.3, atol=1e-12)
+
+
+def test_ranks_fill_the_spare_time_up_to_what_is_allowed():
+    times = np.array([[1.0, 2.0, 3.0], [9.0, 10.0, 11.0], [12.0, 13.0, 14.0]])
+    np.testing.assert_array_equal(largest_ranks(times, 10.0, np.array([2, 2, 2])), [2, 2, 0])
+    np.testing.assert_array_equal(largest_ranks(times, 10.0, np.array([1, 2, 2])), [1, 2, 0])
+    np.testing.assert_array_equal(largest_ranks(times[:2], 10.0, np.array([2, 0])), [2, 0])
+
+
+@pytest.mark.parametrize("groups", [4, 100])
+def test_level_is_within_bounds_on_schedule_and_level(groups):
+    clients = 40
+    ask, fleet = ToyAsk(groups=groups), ToyFleet(clients, 3)
+    ids = np.arange(clients)
+    before = np.full(clients, 0.3)
+    context = RoundContext(0, ids, before, np.zeros(clients), np.full(clients, 0.8), 0.4, 0.8, 1.0)
+    arms = level(context, ask, lambda clients, work: fleet.expected(0, clients, work))
+    assert arms.ratio.mean() == pytest.approx(0.4, abs=1e-9)
+    time_s = fleet.expected(0, ids, ask.work(before, arms.ratio, arms.rank))
+    flat = fleet.expected(0, ids, ask.work(before, np.full(clients, 0.4), 8))
+    assert time_s.max() < 0.85 * flat.max()
+    assert (1 - time_s / time_s.max()).mean() < 0.5 * (1 - flat / flat.max()).mean()
+
+
+def test_chunks_change_nothing(monkeypatch):
+    ask, fleet = ToyAsk(), ToyFleet(30, 4)
+    draw = np.random.default_rng(0)
+    low = draw.uniform(0, 0.4, 30)
+    context = RoundContext(0, np.arange(30), low, low, low + 0.1, 0.25, 0.8, 0.1)
+
+    def times(clients, work):
+        return fleet.expected(0, clients, work)
+
+    whole = level(context, ask, times)
+    monkeypatch.setattr("fedsim.control.solver._CHUNK", 7)
+    parts = level(context, ask, times)
+    np.testing.assert_array_equal(whole.ratio, parts.ratio)
+    np.testing.assert_array_equal(whole.rank, parts.rank)

@@ -1,0 +1,108 @@
+"""What the time model learns of devices."""
+
+import numpy as np
+from control_toys import ToyAsk
+
+from fedsim.control.timing import TimeModel
+from fedsim.rng import Stream, generator
+
+ASK = ToyAsk()
+RANKS = (2, 32, 8, 16)
+
+
+def _learn(model, truth, rounds, *, jitter=0.0, start=0, change=True):
+    """Feed rounds of jobs whose ratio and rank vary (or not); truth (clients, 3) in s/TFLOP, s/MB, s."""
+    ids = np.arange(truth.shape[0])
+    for index in range(start, start + rounds):
+        ratio = np.full(ids.size, min(0.7, 0.02 * index) if change else 0.3)
+        work = ASK.work(ratio, ratio, RANKS[index % 4] if change else 2)
+        model.update(ids, work, _true_time(truth, work) * (1 + jitter * generator(1, Stream.POLICY, index).normal()))
+
+
+def _true_time(truth, work):
+    traffic = (work.download_bytes + work.upload_bytes) / 1e6
+    return truth[:, 0] * work.flops / 1e12 + truth[:, 1] * traffic + truth[:, 2]
+
+
+def _worst_error(model, truth):
+    ids = np.arange(truth.shape[0])
+    errors = []
+    for ratio in (0.1, 0.4, 0.7):
+        for rank in RANKS:
+            work = ASK.work(np.full(ids.size, ratio), np.full(ids.size, ratio), rank)
+            errors.append(np.abs(model.predict(ids, work) / _true_time(truth, work) - 1).max())
+    return max(errors)
+
+
+TRUTH = np.array([[2.0, 0.4, 5.0], [1.0, 2.0, 1.0], [3.0, 0.05, 0.0]])
+
+
+def test_recovers_devices_from_exact_times():
+    model = TimeModel(3)
+    _learn(model, TRUTH, 30)
+    assert _worst_error(model, TRUTH) < 0.03
+    np.testing.assert_allclose(model.parameters(np.arange(3))[:, 0], TRUTH[:, 0], rtol=0.08)
+
+
+def test_jitter_is_averaged():
+    model = TimeModel(3)
+    _learn(model, TRUTH, 40, jitter=0.02)
+    assert _worst_error(model, TRUTH) < 0.06
+
+
+def test_a_new_power_mode_is_followed_at_once():
+    model = TimeModel(3)
+    _learn(model, TRUTH, 20)
+    slowed = TRUTH * [2.5, 1.0, 1.0]
+    _learn(model, slowed, 1, start=20)
+    ids = np.arange(3)
+    work = ASK.work(np.full(3, 0.4), np.full(3, 0.4), 2)
+    assert np.abs(model.predict(ids, work) / _true_time(slowed, work) - 1).max() < 0.15
+    _learn(model, slowed, 8, start=21)
+    assert _worst_error(model, slowed) < 0.1
+
+
+def test_a_new_link_is_followed():
+    model = TimeModel(3)
+    _learn(model, TRUTH, 20)
+    slowed = TRUTH * [1.0, 4.0, 1.0]
+    _learn(model, slowed, 9, start=20)
+    assert _worst_error(model, slowed) < 0.12
+
+
+def test_monotony_does_not_make_compute_look_constant():
+    model = TimeModel(3)
+    _learn(model, TRUTH, 12)
+    for index in range(60):
+        _learn(model, TRUTH, 1, start=index, change=False, jitter=0.02)
+    shares = model.parameters(np.arange(3))[:, 0] / TRUTH[:, 0]
+    assert (shares > 0.6).all()
+    assert (shares < 1.4).all()
+
+
+def test_never_negative_whatever_is_measured():
+    model = TimeModel(5)
+    ids = np.arange(5)
+    draw = np.random.default_rng(7)
+    for _ in range(200):
+        ratio = draw.uniform(0, 0.8, 5)
+        model.update(ids, ASK.work(ratio, ratio, draw.choice(RANKS)), draw.lognormal(3, 1.5, 5))
+        theta = model.parameters(ids)
+        assert np.isfinite(theta).all()
+        assert (theta >= 0).all()
+        assert (theta.sum(axis=1) > 0).all()
+
+
+def test_a_stranger_is_judged_by_the_fleet_and_then_by_its_own_time():
+    model = TimeModel(4)
+    ids = np.arange(3)
+    for index in range(20):
+        ratio = np.full(3, 0.02 * index)
+        work = ASK.work(ratio, ratio, RANKS[index % 4])
+        model.update(ids, work, _true_time(TRUTH, work))
+    np.testing.assert_allclose(model.parameters(np.array([3]))[0], np.median(model.parameters(ids), axis=0))
+    slow = np.array([[8.0, 1.6, 20.0]])
+    work = ASK.work(np.array([0.0]), np.array([0.0]), 8)
+    model.update(np.array([3]), work, _true_time(slow, work))
+    other = ASK.work(np.array([0.4]), np.array([0.4]), 8)
+    np.testing.assert_allclose(model.predict(np.array([3]), other), _true_time(slow, other), rtol=0.15)
