@@ -41,6 +41,7 @@ class Stream(IntEnum):
     PROBE_BATCH = 17
     TEST_SPLIT = 18
     POLICY_RANK = 19
+    TEST_SAMPLE = 20
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

@@ -70,7 +70,7 @@ def imports_of(path: Path) -> list[str]:
 def test_imports_point_downwards_and_heavy_libraries_stay_in_their_part(path):
     part = part_of(path)
     if part == "__init__":
-        assert imports_of(path) == ["__future__", "importlib"]
+        assert set(imports_of(path)) <= {"__future__", "importlib", "typing"}
         return
     for name in imports_of(path):
         top, *rest = name.split(".")

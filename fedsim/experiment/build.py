@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,8 +13,9 @@ from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.device import DeviceProfile
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting
-from fedsim.data.corpus import Corpus, load_corpus
+from fedsim.data.corpus import load_corpus
 from fedsim.data.partition import partition
+from fedsim.data.records import Corpus
 from fedsim.data.summary import corpus_hash
 from fedsim.errors import ConfigError
 from fedsim.experiment.panel import draw_panel
@@ -22,6 +23,7 @@ from fedsim.methods.base import Method
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.federation import Federation, Parts
 from fedsim.methods.timing import TimingLearner
+from fedsim.rng import Stream, generator
 from fedsim.settings import Config
 from fedsim.sim.fleet import Fleet, load_fleet
 from fedsim.specs import Learner
@@ -60,7 +62,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     corpus = None
     if not timing_only:
         say("reading data")
-        corpus = load_corpus(config.data, config.seed)
+        corpus = _with_test_sample(load_corpus(config.data, config.seed), config)
     labels = len(corpus.label_names) if corpus else 2
     shape = load_shape(config.model.name, labels)
     clock_shape = load_shape(config.cost.model, labels) if config.cost.model else shape
@@ -102,6 +104,15 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
     )
     return Experiment(config, fleet, Federation(parts), facts)
+
+
+def _with_test_sample(corpus: Corpus, config: Config) -> Corpus:
+    """The corpus with at most ``evaluate.max_samples`` test sentences, a seeded choice."""
+    limit = config.evaluate.max_samples
+    if limit is None or limit >= len(corpus.test):
+        return corpus
+    rows = generator(config.seed, Stream.TEST_SAMPLE).permutation(len(corpus.test))[:limit]
+    return replace(corpus, test=corpus.test.take(np.sort(rows)))
 
 
 def _participants(config: Config, clients: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedsim.data.corpus import Corpus
+from fedsim.data.records import Corpus
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.adapter import Adapter
 from fedsim.learn.aggregate import RULES, Contribution, merge

@@ -5,9 +5,9 @@ reward, teach the policy, evaluate. Methods differ in their settings, not in thi
 
 Unspecified in the paper; we chose: a client whose update did not arrive (late, out of memory, not finite) keeps the
 ratio it had before; before the last evaluation every device, sampled lately or not, is cut to its target:
-`prune.target` under ``every_device``; under ``fleet_mean`` the ratios as they stand, shifted together so that their mean
-is the target. Under ``global`` selection a job's cost is known only once it is trained, so its participants are trained
-at dispatch, whether or not their updates arrive.
+`prune.target` under ``every_device``; under ``fleet_mean`` the ratios as they stand, shifted together so that their
+mean is the target. Under ``global`` selection a job's cost is known only once it is trained, so its participants are
+trained at dispatch, whether or not their updates arrive.
 """
 
 from __future__ import annotations
