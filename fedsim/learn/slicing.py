@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsim.learn.backbone import Backbone
+from fedsim.learn.backbone import Backbone, FullWeights
 from fedsim.learn.linears import PrunableLinear, kept_columns, kept_rows, prunable_linears
 from fedsim.structure import Structure
 
@@ -34,9 +34,7 @@ def take(tensor: torch.Tensor, axis: int, indices: NDArray[np.int64] | None) -> 
     return tensor.index_select(axis, torch.from_numpy(indices).to(tensor.device))
 
 
-def sliced_weights(
-    backbone: Backbone, linear: PrunableLinear, structure: Structure
-) -> tuple[nn.Parameter, nn.Parameter | None]:
+def sliced_weights(backbone: Backbone, linear: PrunableLinear, structure: Structure) -> FullWeights:
     """Frozen weight and bias of one Linear at the widths of `structure`; the originals where it keeps everything."""
     rows = kept_rows(linear, structure, backbone.shape)
     columns = kept_columns(linear, structure, backbone.shape)
