@@ -159,7 +159,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         seq_len=arguments.seq_len,
         tuning="full" if arguments.full else "inference" if arguments.inference else "lora",
-        lora_rank=arguments.lora_rank or 8,
+        lora_rank=8 if arguments.lora_rank is None else arguments.lora_rank,
         train_top_layers=arguments.train_top_layers,
         prune_ratio=arguments.prune_ratio,
         precision=arguments.precision,

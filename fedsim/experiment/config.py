@@ -229,8 +229,8 @@ def _check(config: Config, method: Method) -> None:
         )
     if config.train.engine == "none" and method.prunes and prune.selection == "global":
         raise ConfigError(
-            "prune.selection: value 'global' is not allowed with train.engine none (which layers lose how much is known "
-            "only from training; layer_local is)"
+            "prune.selection: value 'global' is not allowed with train.engine none (which layers lose how much is "
+            "known only from training; layer_local is allowed)"
         )
     if config.data.name is not None and config.data.path is not None:
         raise ConfigError(f"data.path: value {config.data.path!r} is not allowed beside data.name (give one of them)")

@@ -123,7 +123,7 @@ def test_unreadable_files_are_refused(tmp_path):
     listed.write_text("- 1\n")
     with pytest.raises(ConfigError, match="mapping"):
         read_tree(listed)
-    with pytest.raises(ConfigError, match="no configuration file 'nowhere.yaml'"):
+    with pytest.raises(ConfigError, match=r"no configuration file 'nowhere\.yaml'"):
         find_config("nowhere.yaml")
 
 
