@@ -42,17 +42,19 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
     unfinished = sum(not run.finished for run in begun)
     if unfinished:
         text += f" {unfinished} of {len(begun)} runs unfinished."
+    detailed = frames.with_client_rounds(groups)
+    # Every table before the first figure: a wrong round must not leave half of the figures behind.
+    timeline = frames.timeline(detailed, round_for_gantt) if detailed else None
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     if frames.has_accuracy(begun):
         written += _draw_accuracy(groups, text, out)
-    detailed = frames.with_client_rounds(groups)
-    if detailed:
+    if timeline is not None:
         classes = frames.class_order(frames.first_client_rounds(detailed))
         written += _draw_idle(detailed, classes, text, out)
         written += _draw_choices(detailed, classes, text, out)
-        written += _draw_timeline(detailed, round_for_gantt, text, out)
+        written += _draw_timeline(timeline, text, out)
     return written
 
 
@@ -119,7 +121,7 @@ def _draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, ou
     quantities = (("prune_ratio_target", "pruning ratio asked"), ("lora_rank", "LoRA rank"))
     with canvas(max(4.5, 2.4 * columns + 0.4), 3.9 * blocks + 0.5) as figure:
         grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False)
-        tops = {name: float(frame[f"{name}_p90"].max()) for name, _ in quantities}
+        top = float(frame["prune_ratio_target_p90"].max())
         for row in range(2 * blocks):
             for column in range(columns):
                 axes, index = grid[row, column], row // 2 * columns + column
@@ -129,7 +131,10 @@ def _draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, ou
                 name, title = quantities[row % 2]
                 own = frame[frame["method"] == groups[index].label]
                 _draw_choice(axes, own, name, classes, looks)
-                axes.set_ylim(0, max(tops[name], 0.1) * 1.08)
+                if name == "lora_rank":
+                    _rank_axis(axes, frame)
+                else:
+                    axes.set_ylim(0, max(top, 0.1) * 1.08)
                 if row % 2 == 0:
                     axes.set_title(groups[index].label)
                 if column == 0:
@@ -153,49 +158,67 @@ def _draw_choice(
         axes.plot(own["round"], own[f"{name}_mean"], label=device, color=look["color"], linestyle=look["linestyle"])
 
 
-def _draw_timeline(groups: Sequence[Group], round_index: int | None, text: str, out: Path) -> list[Path]:
-    frame = frames.timeline(groups, round_index)
+def _rank_axis(axes: Any, frame: pd.DataFrame) -> None:
+    """Ranks are powers of two: a logarithmic axis with a tick at each."""
+    low, high = float(frame["lora_rank_p10"].min()), float(frame["lora_rank_p90"].max())
+    ticks = 2 ** np.arange(np.floor(np.log2(low)), np.ceil(np.log2(high)) + 1)
+    axes.set_yscale("log", base=2)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_ylim(ticks[0] / 1.2, ticks[-1] * 1.2)
+
+
+def _draw_timeline(frame: pd.DataFrame, text: str, out: Path) -> list[Path]:
     names = list(dict.fromkeys(frame["method"]))
     columns = min(len(names), 2)
     rows = -(-len(names) // columns)
-    with canvas(4.3 * columns + 0.6, 3.0 * rows + 0.7) as figure:
+    with canvas(3.6 * columns + 1.4, 2.8 * rows + 0.7) as figure:
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
+        handles: dict[str, Any] = {}
         for index, axes in enumerate(grid.flat):
             if index >= len(names):
                 axes.set_visible(False)
                 continue
             own = frame[frame["method"] == names[index]].reset_index(drop=True)
-            _draw_bars(axes, own, label_classes=True)
+            _draw_bars(axes, own, name_classes=index % columns == 0)
             axes.set_title(names[index])
             if index + columns >= len(names):
+                axes.tick_params(labelbottom=True)
                 axes.set_xlabel("simulated time since the round opened (s)")
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=len(handles))
+            handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        names_in_order = [name for name in (*frames.PHASES, _NOT_OK) if name in handles]
+        figure.legend(
+            [handles[name] for name in names_in_order], names_in_order, loc="outside upper center", ncols=len(handles)
+        )
         chosen, seed = int(frame["round"].iloc[0]), int(frame["seed"].iloc[0])
-        caption(figure, f"Round {chosen}, seed {seed}; one line per client, classes slowest first. " + text)
+        caption(figure, f"Round {chosen}, seed {seed}; one line per client, slowest class first. " + text)
         return save(figure, frame, out, "timeline")
 
 
-def _draw_bars(axes: Any, rows: pd.DataFrame, label_classes: bool) -> None:
+_NOT_OK = "ended otherwise than ok"
+
+
+def _draw_bars(axes: Any, rows: pd.DataFrame, name_classes: bool) -> None:
+    """Phases as steps: one filled outline per phase, since a rectangle per client leaves hairlines between them."""
+    edges = np.repeat(np.arange(len(rows) + 1) - 0.5, 2)[1:-1]
     left = np.zeros(len(rows))
-    at = np.arange(len(rows))
     for phase in frames.PHASES:
-        width = rows[f"{phase}_s"].to_numpy()
-        axes.barh(at, width, 0.92, left=left, color=PHASE_COLOURS[phase], label=phase, linewidth=0)
-        left = left + width
+        right = left + rows[f"{phase}_s"].to_numpy()
+        colour = PHASE_COLOURS[phase]
+        axes.fill_betweenx(edges, np.repeat(left, 2), np.repeat(right, 2), color=colour, lw=0, label=phase)
+        left = right
     failed = rows["outcome"].to_numpy() != "ok"
     if failed.any():
         worked = (left - rows["idle_s"].to_numpy())[failed]
-        axes.plot(worked, at[failed], "x", color=COLOURS[1], markersize=4, label="not ok")
+        axes.plot(worked, np.flatnonzero(failed), "x", color=COLOURS[6], markersize=4, mew=1.2, zorder=4, label=_NOT_OK)
     starts = rows.groupby("device", sort=False).head(1).index.to_numpy()
     ends = np.append(starts[1:], len(rows))
     for start in starts[1:]:
-        axes.axhline(start - 0.5, color="#222222", linewidth=0.8)
-    axes.set_yticks((starts + ends - 1) / 2, rows["device"].iloc[starts] if label_classes else [])
+        axes.axhline(start - 0.5, color="white", linewidth=2.0)
+    axes.set_yticks((starts + ends - 1) / 2, rows["device"].iloc[starts] if name_classes else [])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.margins(x=0)
+    axes.set_xlim(left=0)
 
 
 def _percent() -> Any:

@@ -1,0 +1,154 @@
+"""Figures: which are drawn, the numbers beside them, and that equal runs give equal files."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_up import write_run
+
+from fedsim.errors import ConfigError, RunError
+from fedsim.experiment.belonging import group_runs
+from fedsim.experiment.results import find_runs, load
+from fedsim.plots import frames, write_figures
+from fedsim.plots.style import styles
+
+NAMES = ("accuracy_over_time", "idle_by_class", "choices_by_class", "timeline")
+KINDS = {"png": b"\x89PNG", "pdf": b"%PDF", "csv": b"method,"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    base = tmp_path_factory.mktemp("runs")
+    for method in ("fedlora", "fedspine"):
+        for seed in (0, 1):
+            write_run(base / f"{method}-{seed}", method, seed, rounds=8, clients=16)
+    return find_runs([base])
+
+
+@pytest.fixture(scope="module")
+def drawn(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("figures") / "new"
+    return out, write_figures(runs, out, 5)
+
+
+def test_each_figure_is_there_in_three_kinds(drawn):
+    out, written = drawn
+    assert sorted(written) == sorted(out / f"{name}.{kind}" for name in NAMES for kind in KINDS)
+    assert sorted(out.iterdir()) == sorted(written)
+    for path in written:
+        content = path.read_bytes()
+        assert content.startswith(KINDS[path.suffix[1:]])
+        assert len(content) > (5_000 if path.suffix != ".csv" else 100)
+
+
+def test_equal_runs_give_equal_files_without_dates(runs, drawn, tmp_path):
+    _, written = drawn
+    for path in write_figures(runs, tmp_path, 5):
+        before = next(one for one in written if one.name == path.name)
+        assert path.read_bytes() == before.read_bytes(), path.name
+        assert b"CreationDate" not in path.read_bytes()
+
+
+def test_the_numbers_behind_accuracy(runs, drawn):
+    table = pd.read_csv(drawn[0] / "accuracy_over_time.csv")
+    for run in runs:
+        own = table[(table["method"] == run.method) & (table["seed"] == run.seed)]
+        tested = run.rounds.dropna(subset=["accuracy"])
+        np.testing.assert_array_equal(own["end_s"], tested["end_s"])
+        np.testing.assert_array_equal(own["accuracy"], tested["accuracy"])
+    assert len(table) == sum(run.rounds["accuracy"].notna().sum() for run in runs)
+
+
+def test_the_numbers_behind_idle(runs, drawn):
+    table = pd.read_csv(drawn[0] / "idle_by_class.csv").set_index(["method", "seed", "device"])["idle_fraction"]
+    run = runs[-1]
+    for device in run.client_rounds["device"].unique():
+        shares = []
+        for _, rows in run.client_rounds[run.client_rounds["device"] == device].groupby("round"):
+            durations = [run.rounds["duration_s"].iloc[int(rows["round"].iloc[0])]] * len(rows)
+            shares.append(rows["idle_s"].sum() / sum(durations))
+        assert table[run.method, run.seed, device] == pytest.approx(np.mean(shares))
+
+
+def test_the_numbers_behind_the_choices(runs, drawn):
+    table = pd.read_csv(drawn[0] / "choices_by_class.csv")
+    rows = pd.concat([run.client_rounds for run in runs if run.method == "fedspine"])
+    rows = rows[(rows["round"] == 6) & (rows["device"] == "jetson-tx2")]
+    own = table[(table["method"] == "fedspine") & (table["round"] == 6) & (table["device"] == "jetson-tx2")].iloc[0]
+    assert own["prune_ratio_target_mean"] == pytest.approx(rows["prune_ratio_target"].mean())
+    assert own["lora_rank_mean"] == pytest.approx(rows["lora_rank"].mean())
+    assert own["lora_rank_p90"] == pytest.approx(rows["lora_rank"].quantile(0.9))
+
+
+def test_the_timeline_has_every_client_of_its_round_grouped_by_class(runs, drawn):
+    table = pd.read_csv(drawn[0] / "timeline.csv")
+    assert set(table["round"]) == {5}
+    for method, own in table.groupby("method"):
+        assert sorted(own["client"]) == list(range(16))
+        assert own["device"].drop_duplicates().tolist() == ["jetson-tx2", "jetson-xavier-nx", "jetson-agx-xavier"]
+        duration_s = next(run for run in runs if run.method == method).rounds["duration_s"][5]
+        np.testing.assert_allclose(own[[f"{phase}_s" for phase in frames.PHASES]].sum(axis=1), duration_s, atol=1e-9)
+
+
+def test_the_default_round_is_the_middle_of_the_shortest_run(runs):
+    groups, _ = group_runs(runs)
+    assert set(frames.timeline(groups, None)["round"]) == {4}
+
+
+@pytest.mark.parametrize("asked", [-1, 8])
+def test_a_round_that_is_not_there_is_refused(runs, tmp_path, asked):
+    with pytest.raises(ConfigError, match=rf"--round: value {asked} is not allowed \(rounds 0 to 7"):
+        write_figures(runs, tmp_path / "out", asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_timing_only_and_sparse_runs_draw_what_they_can(tmp_path):
+    """Five methods, too: more than panels in a row."""
+    path = write_run(tmp_path / "timing", rounds=3, clients=8, with_accuracy=False)
+    timing = [load(path) for _ in range(5)]
+    for index, run in enumerate(timing):
+        run.manifest["method"] = f"method_{index}"
+    assert {path.stem for path in write_figures(timing, tmp_path / "a")} == set(NAMES) - {"accuracy_over_time"}
+    sparse = load(write_run(tmp_path / "sparse", rounds=3, clients=8, client_rounds=False))
+    assert {path.stem for path in write_figures([sparse], tmp_path / "b")} == {"accuracy_over_time"}
+
+
+def test_unfinished_runs_are_marked_and_unbegun_ones_left_out(tmp_path, monkeypatch):
+    from fedsim.plots import figures
+
+    said = []
+    monkeypatch.setattr(figures, "caption", lambda _, text: said.append(text))
+    begun = load(write_run(tmp_path / "begun", rounds=6, clients=8, stop_before=4))
+    unbegun = load(write_run(tmp_path / "unbegun", "fedlora", rounds=6, clients=8, stop_before=0))
+    write_figures([begun, unbegun], tmp_path / "out")
+    assert len(said) == 4
+    for text in said:
+        assert text.endswith(
+            "Clock: roberta-base, batch 8 x 128 tokens, fp32; fleet fedspine-80, 8 clients; reconstruction. "
+            "1 of 1 runs unfinished."
+        )
+
+
+def test_no_two_of_many_methods_look_alike():
+    looks = styles([f"method_{index}" for index in range(20)])
+    assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == 20
+
+
+def test_runs_that_do_not_belong_together_are_not_drawn(runs, tmp_path):
+    other = load(write_run(tmp_path / "other", rounds=2, clients=8))
+    with pytest.raises(RunError, match="fleet"):
+        write_figures([*runs, other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(runs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match="cannot write"):
+        write_figures(runs, tmp_path / "file" / "figures")
+
+
+def test_importing_the_plots_loads_no_matplotlib():
+    code = "import sys, fedsim.plots; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,87 @@
+"""Reading runs back, finished or not."""
+
+import shutil
+
+import pandas as pd
+import pytest
+from made_up import write_run
+
+from fedsim.errors import RunError
+from fedsim.experiment.results import find_runs, load
+
+
+def test_a_finished_run(tmp_path):
+    run = load(write_run(tmp_path / "run", seed=4, rounds=6, clients=16))
+    assert run.finished
+    assert (run.method, run.seed) == ("fedspine", 4)
+    assert run.config["server"]["rounds"] == 6
+    assert run.rounds["round"].tolist() == list(range(6))
+    assert len(run.client_rounds) == 6 * 16
+    assert len(run.events) == 12
+    assert run.rounds is run.rounds
+    assert str(tmp_path / "run") in run.summary()
+    assert "6 rounds" in run.summary()
+
+
+def test_tables_are_read_only_when_asked(tmp_path):
+    path = write_run(tmp_path / "run", rounds=2, clients=8)
+    (path / "events.parquet").unlink()
+    run = load(path)
+    assert len(run.rounds) == 2
+    with pytest.raises(RunError, match=r"events\.parquet' of run .* is missing"):
+        _ = run.events
+
+
+def test_an_unfinished_run_is_read_from_its_parts(tmp_path):
+    whole = load(write_run(tmp_path / "whole", rounds=6, clients=16))
+    part = load(write_run(tmp_path / "part", rounds=6, clients=16, stop_before=4))
+    assert not part.finished
+    assert "unfinished" in part.summary()
+    for table, rows in (("rounds", 4), ("client_rounds", 64), ("events", 8)):
+        pd.testing.assert_frame_equal(getattr(part, table), getattr(whole, table).iloc[:rows])
+
+
+def test_a_run_without_closed_rounds_has_empty_tables(tmp_path):
+    run = load(write_run(tmp_path / "run", rounds=6, clients=16, stop_before=0))
+    assert len(run.rounds) == 0
+    assert run.rounds.columns[0] == "round"
+    assert "0 rounds" in run.summary()
+
+
+def test_a_table_left_out_is_said_so(tmp_path):
+    run = load(write_run(tmp_path / "run", rounds=2, clients=8, events=False))
+    assert not run.has("events")
+    assert run.has("client_rounds")
+    with pytest.raises(RunError, match=r"records\.events: false"):
+        _ = run.events
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="no such run directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="not a run directory"):
+        load(tmp_path)
+    path = write_run(tmp_path / "run", rounds=1, clients=8)
+    (path / "rounds.parquet").write_bytes(b"PAR1")
+    with pytest.raises(RunError, match=r"records 'rounds' .* damaged"):
+        _ = load(path).rounds
+    for damage in ("- a\n", "a: [\n"):
+        (path / "config.yaml").write_text(damage)
+        with pytest.raises(RunError, match=r"config\.yaml' is damaged"):
+            load(path)
+    (path / "config.yaml").unlink()
+    with pytest.raises(RunError, match=r"config\.yaml"):
+        load(path)
+
+
+def test_runs_are_found_at_and_below_a_folder_once_and_in_order(tmp_path):
+    one = write_run(tmp_path / "study" / "b", rounds=1, clients=8)
+    two = write_run(tmp_path / "study" / "a" / "draw-000", rounds=1, clients=8)
+    shutil.copytree(one, one / "adapter" / "inner")  # inside a run: not a run of its own
+    (tmp_path / "study" / "notes").mkdir()
+    assert [run.path for run in find_runs([tmp_path / "study"])] == [two, one]
+    assert [run.path for run in find_runs([one, tmp_path / "study"])] == [one, two]
+    with pytest.raises(RunError, match=r"no run in .*notes"):
+        find_runs([tmp_path / "study" / "notes"])
+    with pytest.raises(RunError, match="no such run directory"):
+        find_runs([tmp_path / "nowhere"])
