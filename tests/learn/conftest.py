@@ -16,7 +16,7 @@ from fedsim.settings import ModelSettings
 
 @pytest.fixture(scope="session")
 def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``make_folder(architecture, layers=2, **options of the model class) -> folder`` with weights, config and tokenizer."""
+    """``make_folder(architecture, layers=2, **options of the model class)``: a folder as `save_tiny` writes it."""
 
     def make(architecture: str, **options: Any) -> Path:
         return save_tiny(architecture, tmp_path_factory.mktemp(architecture), **options)

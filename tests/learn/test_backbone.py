@@ -67,6 +67,13 @@ def test_token_types_matter_for_bert_and_are_ignored_elsewhere(make_backbone, pa
         assert same == (architecture != "bert")
 
 
+def test_dropout_is_off_even_in_training_mode(make_backbone, padded_batch):
+    for architecture in ("bert", "roberta"):  # whose configurations ask for 0.1
+        model = make_backbone(architecture).model
+        want = model(**padded_batch)
+        assert torch.equal(model.train()(**padded_batch), want)
+
+
 def test_shapes(tiny_folders):
     llama = load(tiny_folders["llama"]).shape
     assert (llama.heads, llama.kv_heads, llama.head_groups, llama.positions) == (4, 2, 2, 0)
