@@ -86,9 +86,7 @@ class Run:
         if not self.has(table):
             raise RunError(f"run '{self.path}' has no {table}: it ran with records.{table}: false")
         joined = self.path / f"{table}.parquet"
-        parts = [path for path, name, _, _ in list_parts(self.path / PARTS) if name == table]
-        if self.finished:
-            parts = [joined]
+        parts = [joined] if self.finished else self._closed_parts(table)
         try:
             tables = [pq.read_table(path).cast(schema_of(table)) for path in parts]
         except FileNotFoundError as error:
@@ -97,6 +95,14 @@ class Run:
             raise RunError(f"records '{table}' of run '{self.path}' are damaged: {error}") from None
         whole = pa.concat_tables(tables) if tables else schema_of(table).empty_table()
         return whole.to_pandas()[[column.name for column in TABLES[table]]]
+
+    def _closed_parts(self, table: str) -> list[Path]:
+        """Parts of rounds that every table has: a run stopped while closing a part holds only some of its tables."""
+        parts = list_parts(self.path / PARTS)
+        reached = {name: 0 for name in TABLES if self.has(name)}
+        for _, name, _, end in parts:
+            reached[name] = max(reached.get(name, 0), end)
+        return [path for path, name, _, end in parts if name == table and end <= min(reached.values())]
 
 
 def load(path: str | Path) -> Run:

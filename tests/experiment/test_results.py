@@ -41,6 +41,15 @@ def test_an_unfinished_run_is_read_from_its_parts(tmp_path):
         pd.testing.assert_frame_equal(getattr(part, table), getattr(whole, table).iloc[:rows])
 
 
+def test_a_run_stopped_while_closing_a_part_shows_whole_rounds_only(tmp_path):
+    path = write_run(tmp_path / "run", rounds=6, clients=16, stop_before=4)
+    (path / "parts" / "client_rounds-000003-000004.parquet").unlink()
+    run = load(path)
+    assert run.rounds["round"].tolist() == [0, 1, 2]
+    assert run.client_rounds["round"].max() == 2
+    assert run.events["round"].max() == 2
+
+
 def test_a_run_without_closed_rounds_has_empty_tables(tmp_path):
     run = load(write_run(tmp_path / "run", rounds=6, clients=16, stop_before=0))
     assert len(run.rounds) == 0
