@@ -23,7 +23,8 @@ class Balanced:
 
     In warm-up (no participant may prune) a device heard of fewer than four times plays ranks spread over those on
     offer. Afterwards a device's rank rises by at most one step a participation, so that a link that has worsened
-    unseen, while little was sent over it, shows before it costs much. A device whose update never arrives teaches
+    unseen, while little was sent over it, shows before it costs much, and a larger rank is taken only where it meets
+    the deadline with two standard deviations to spare. A device whose update never arrives teaches
     nothing: a deadline that always cuts it, or memory that never suffices, stays unknown here.
     """
 
@@ -35,7 +36,13 @@ class Balanced:
     def select(self, context: RoundContext) -> Arms:
         """Choose arms that are expected to end together."""
         highest = np.minimum(self._rank_index[context.clients] + 1, self._ask.ranks.size - 1)
-        arms = level(context, self._ask, self._model.predict, highest)
+        arms = level(
+            context,
+            self._ask,
+            self._model.predict,
+            cautious_times=self._model.cautious,
+            highest_rank=highest,
+        )
         if context.ratio_high.max(initial=0.0) > 0.0:
             return arms
         heard = self._model.observations[context.clients]

@@ -64,26 +64,29 @@ def common_deadline(times_s: FloatArray, ratios: FloatArray, target_mean: float)
     return deadline, recentre(under + part * (over - under), target_mean, ratios[:, 0], ratios[:, -1])
 
 
-def largest_ranks(times_s: FloatArray, deadline_s: float, highest: IntArray) -> IntArray:
-    """Index of the largest rank with which each client meets the deadline; its fastest where none does.
-
-    The deadline is never taken shorter than what the slowest client needs at its fastest rank: the round lasts that
-    long anyway.
+def largest_ranks(times_s: FloatArray, deadline_s: float, fastest: IntArray, highest: IntArray) -> IntArray:
+    """Index of the largest allowed rank with which each client meets the deadline; `fastest` where none does.
 
     Args:
         times_s: (P, R), ranks ascending.
+        fastest: index of the rank with the shortest expected time, (P,).
         highest: index of the largest rank that each client may take, (P,).
     Returns:
         Indices (P,).
     """
-    fastest = times_s.min(axis=1)
-    meets = times_s <= max(deadline_s, float(fastest.max())) * (1.0 + 1e-12)
-    allowed = meets & (np.arange(times_s.shape[1]) <= highest[:, None])
-    largest = times_s.shape[1] - 1 - allowed[:, ::-1].argmax(axis=1)
-    return np.where(allowed.any(axis=1), largest, times_s.argmin(axis=1))
+    meets = (times_s <= deadline_s * (1.0 + 1e-12)) & (np.arange(times_s.shape[1]) <= highest[:, None])
+    largest = times_s.shape[1] - 1 - meets[:, ::-1].argmax(axis=1)
+    return np.where(meets.any(axis=1), largest, fastest)
 
 
-def level(context: RoundContext, ask: Ask, times: Times, highest_rank: IntArray | None = None) -> Arms:
+def level(
+    context: RoundContext,
+    ask: Ask,
+    times: Times,
+    *,
+    cautious_times: Times | None = None,
+    highest_rank: IntArray | None = None,
+) -> Arms:
     """Arms of a levelled round.
 
     A ratio is weighed by the job that *starts and ends* at it, not by this round's job: in the round of a cut most
@@ -93,6 +96,8 @@ def level(context: RoundContext, ask: Ask, times: Times, highest_rank: IntArray 
 
     Args:
         times: expected seconds of each client's jobs.
+        cautious_times: seconds that ranks are weighed by, where these are not the expected ones: a larger rank fills
+            spare time, and must not make the round longer.
         highest_rank: index of the largest rank that each client may take, (P,); None: all.
     """
     grid = ratio_grid(context)
@@ -117,7 +122,11 @@ def level(context: RoundContext, ask: Ask, times: Times, highest_rank: IntArray 
     # The exact ratio lies between two grid points: ranks are weighed at it, not at its neighbour.
     work = ask.work(context.ratio_before[:, None], ratio[:, None], ask.ranks)
     highest = np.full(ratio.shape, ask.ranks.size - 1) if highest_rank is None else highest_rank
-    return Arms(ratio=ratio, rank=ask.ranks[largest_ranks(times(context.clients, work), deadline, highest)])
+    expected = times(context.clients, work)
+    # The round lasts as long as its slowest client at its fastest rank, whatever the deadline: others may use that.
+    deadline = max(deadline, float(expected.min(axis=1).max()))
+    weighed = expected if cautious_times is None else cautious_times(context.clients, work)
+    return Arms(ratio=ratio, rank=ask.ranks[largest_ranks(weighed, deadline, expected.argmin(axis=1), highest)])
 
 
 def _fields(work: Work) -> tuple[FloatArray, ...]:

@@ -17,6 +17,7 @@ MEGA = 1e6
 FORGETTING = 0.95
 JUMP_ERROR = 0.25
 """A relative error above this means a new power mode or link."""
+CAUTION_SIGMAS = 2.0
 _SURPRISE_SIGMAS = 4.0
 _JUMP_LEAST_SHARE = 0.05
 _FIRST_SHARES = np.array([0.8, 0.1, 0.1])
@@ -62,6 +63,14 @@ class TimeModel:
         phi = features(work)
         theta = self.parameters(clients)
         return np.einsum("p...k,pk->p...", np.broadcast_to(phi, (clients.size, *phi.shape[1:])), theta)
+
+    def cautious(self, clients: IntArray, work: Work) -> FloatArray:
+        """Expected seconds plus two standard deviations, of what was learned and of the client's own noise."""
+        expected = self.predict(clients, work)
+        phi = np.broadcast_to(features(work), (*expected.shape, 3))
+        doubt = np.einsum("p...j,pjk,p...k->p...", phi, self._covariance[clients], phi)
+        axes = (..., *(None,) * (expected.ndim - 1))
+        return expected + CAUTION_SIGMAS * np.sqrt(doubt + self._noise_variance[clients][axes] * expected**2)
 
     def update(self, clients: IntArray, work: Work, time_s: FloatArray) -> None:
         """Learn from measured times.

@@ -51,9 +51,24 @@ def test_identical_devices_share_a_step_alike():
 
 def test_ranks_fill_the_spare_time_up_to_what_is_allowed():
     times = np.array([[1.0, 2.0, 3.0], [9.0, 10.0, 11.0], [12.0, 13.0, 14.0]])
-    np.testing.assert_array_equal(largest_ranks(times, 10.0, np.array([2, 2, 2])), [2, 2, 0])
-    np.testing.assert_array_equal(largest_ranks(times, 10.0, np.array([1, 2, 2])), [1, 2, 0])
-    np.testing.assert_array_equal(largest_ranks(times[:2], 10.0, np.array([2, 0])), [2, 0])
+    fastest = np.array([0, 0, 0])
+    np.testing.assert_array_equal(largest_ranks(times, 12.0, fastest, np.array([2, 2, 2])), [2, 2, 0])
+    np.testing.assert_array_equal(largest_ranks(times, 10.0, fastest, np.array([1, 2, 2])), [1, 1, 0])
+    np.testing.assert_array_equal(largest_ranks(times, 10.0, fastest + 1, np.array([2, 0, 2])), [2, 0, 1])
+
+
+def test_caution_concerns_ranks_only():
+    ask, fleet = ToyAsk(), ToyFleet(20, 3)
+    context = RoundContext(0, np.arange(20), np.zeros(20), np.zeros(20), np.full(20, 0.8), 0.4, 0.8, 1.0)
+
+    def times(clients, work):
+        return fleet.expected(0, clients, work)
+
+    plain = level(context, ask, times)
+    cautious = level(context, ask, times, cautious_times=lambda clients, work: 1.1 * times(clients, work))
+    np.testing.assert_array_equal(plain.ratio, cautious.ratio)
+    assert (cautious.rank <= plain.rank).all()
+    assert (cautious.rank < plain.rank).any()
 
 
 @pytest.mark.parametrize("groups", [4, 100])
