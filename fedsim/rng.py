@@ -82,6 +82,7 @@ def uniforms(seed: int, stream: Stream, clients: ArrayLike, *keys: int) -> NDArr
             state = _mix((state ^ np.uint64(key)) + _GOLDEN)
         ids = np.asarray(clients).astype(np.uint64)
         bits = _mix((_mix(ids + _GOLDEN) ^ state) + _GOLDEN)
+    bits = bits.reshape(ids.shape)
     # 53 random bits centred in their cell: never 0, never 1.
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
 from fedsim.specs import Arms, Ask, ExpectedTime, Feedback, Policy, RoundContext, State
 
-__all__ = ["POLICIES", "PolicyFactory", "Random", "Uniform", "make_policy", "recentre"]
+__all__ = ["POLICIES", "PolicyFactory", "PolicyInputs", "Random", "Uniform", "make_policy", "recentre"]
 
 
 class _Stateless:
@@ -60,90 +61,43 @@ class Random(_Stateless):
         return Arms(ratio=ratio, rank=ranks[place.astype(np.int64)])
 
 
-class PolicyFactory(Protocol):
-    """How a policy is made; a user's factory takes the same arguments."""
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What a policy may be made from.
 
-    def __call__(
-        self,
-        settings: ControlSettings,
-        *,
-        clients: int,
-        ask: Ask,
-        seed: int,
-        fixed_rank: int,
-        expected_time: ExpectedTime | None,
-    ) -> Policy:
-        """Make a policy for a fleet of `clients`."""
+    Attributes:
+        settings: the run's control section.
+        clients: size of the fleet; ids are 0 to clients - 1.
+        ask: what each arm asks, from shapes.
+        seed: the run's root seed.
+        fixed_rank: LoRA rank of policies that do not choose one.
+        expected_time: true expected times, for `oracle` only.
+    """
 
-
-def _sucb(
-    settings: ControlSettings,
-    *,
-    clients: int,
-    ask: Ask,
-    seed: int,
-    fixed_rank: int,
-    expected_time: ExpectedTime | None,
-) -> Policy:
-    return SUcb(settings, clients=clients, ranks=ask.ranks, seed=seed)
+    settings: ControlSettings
+    clients: int
+    ask: Ask
+    seed: int
+    fixed_rank: int
+    expected_time: ExpectedTime | None
 
 
-def _uniform(
-    settings: ControlSettings,
-    *,
-    clients: int,
-    ask: Ask,
-    seed: int,
-    fixed_rank: int,
-    expected_time: ExpectedTime | None,
-) -> Policy:
-    return Uniform(fixed_rank)
+PolicyFactory = Callable[[PolicyInputs], Policy]
+"""How a policy is made; a user's factory takes the same record."""
 
 
-def _random(
-    settings: ControlSettings,
-    *,
-    clients: int,
-    ask: Ask,
-    seed: int,
-    fixed_rank: int,
-    expected_time: ExpectedTime | None,
-) -> Policy:
-    return Random(ask, seed)
-
-
-def _balanced(
-    settings: ControlSettings,
-    *,
-    clients: int,
-    ask: Ask,
-    seed: int,
-    fixed_rank: int,
-    expected_time: ExpectedTime | None,
-) -> Policy:
-    return Balanced(clients=clients, ask=ask)
-
-
-def _oracle(
-    settings: ControlSettings,
-    *,
-    clients: int,
-    ask: Ask,
-    seed: int,
-    fixed_rank: int,
-    expected_time: ExpectedTime | None,
-) -> Policy:
-    if expected_time is None:
+def _oracle(inputs: PolicyInputs) -> Policy:
+    if inputs.expected_time is None:
         raise ConfigError("control.policy 'oracle' needs the simulator's expected times, and this run offers none")
-    return Oracle(ask=ask, expected_time=expected_time)
+    return Oracle(ask=inputs.ask, expected_time=inputs.expected_time)
 
 
 POLICIES: dict[str, PolicyFactory] = {
-    "balanced": _balanced,
+    "balanced": lambda inputs: Balanced(clients=inputs.clients, ask=inputs.ask),
     "oracle": _oracle,
-    "random": _random,
-    "sucb": _sucb,
-    "uniform": _uniform,
+    "random": lambda inputs: Random(inputs.ask, inputs.seed),
+    "sucb": lambda inputs: SUcb(inputs.settings, clients=inputs.clients, ranks=inputs.ask.ranks, seed=inputs.seed),
+    "uniform": lambda inputs: Uniform(inputs.fixed_rank),
 }
 """Policies by the name that ``control.policy`` takes."""
 
@@ -171,5 +125,4 @@ def make_policy(
     """
     if settings.policy not in POLICIES:
         raise ConfigError(unknown("control.policy", settings.policy, POLICIES))
-    factory = POLICIES[settings.policy]
-    return factory(settings, clients=clients, ask=ask, seed=seed, fixed_rank=fixed_rank, expected_time=expected_time)
+    return POLICIES[settings.policy](PolicyInputs(settings, clients, ask, seed, fixed_rank, expected_time))

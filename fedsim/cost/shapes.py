@@ -42,6 +42,7 @@ _BUILT_IN = {
         _encoder("roberta-base", "roberta", 12, 768, 12, _ROBERTA),
         _encoder("roberta-large", "roberta", 24, 1024, 16, _ROBERTA),
         _encoder("minilm-l6", "bert", 6, 384, 12, _BERT),
+        _encoder("minilm", "bert", 6, 384, 12, _BERT),  # the optional package's checkpoint of that shape
         ModelShape("tinyllama-1.1b", "llama", 22, 2048, 32, 4, 64, 5632, vocab=32000, positions=0),
         ModelShape("llama-7b", "llama", 32, 4096, 32, 32, 128, 11008, vocab=32000, positions=0),
     )

@@ -34,11 +34,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """A run, ready to start. `facts` are what the manifest says of model, data, fleet and clock."""
+    """A run, ready to start.
+
+    Attributes:
+        prunable_fraction: share of the learner's weights (blocks, embeddings, head) that can be pruned at all.
+        facts: what the manifest says of model, data, fleet and clock.
+    """
 
     config: Config
     fleet: Fleet
     federation: Federation
+    prunable_fraction: float
     facts: dict[str, object]
 
 
@@ -103,7 +109,8 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         participants=participants,
         panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
     )
-    return Experiment(config, fleet, Federation(parts), facts)
+    all_weights = shape.prunable_weights + shape.embedding_weights + shape.head_weights
+    return Experiment(config, fleet, Federation(parts), shape.prunable_weights / all_weights, facts)
 
 
 def _with_test_sample(corpus: Corpus, config: Config) -> Corpus:

@@ -174,6 +174,7 @@ def _simulate(
             "simulated_s": end.now_s,
             "host_s": time.perf_counter() - began_s,
             "final_prune_ratio": {"mean": sparsity.mean, "low": sparsity.low, "high": sparsity.high},
+            "final_whole_model_sparsity": sparsity.mean * experiment.prunable_fraction,
         }
     )
     writer.remove_parts()

@@ -38,8 +38,8 @@ def test_oracle_needs_expected_times():
 
 
 def test_a_registered_policy_is_found_at_call_time(monkeypatch):
-    def mine(settings, *, clients, ask, seed, fixed_rank, expected_time):
-        return Uniform(int(ask.ranks[-1]))
+    def mine(inputs):
+        return Uniform(int(inputs.ask.ranks[-1]))
 
     monkeypatch.setitem(POLICIES, "mine", mine)
     context = RoundContext(
