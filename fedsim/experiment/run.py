@@ -21,7 +21,7 @@ from fedsim.experiment.config import build_config, config_hash, config_yaml, fin
 from fedsim.experiment.progress import Progress
 from fedsim.experiment.records import RecordWriter
 from fedsim.experiment.results import Run, load
-from fedsim.experiment.rundir import CHECKPOINT, MANIFEST, RunDirectory
+from fedsim.experiment.rundir import CHECKPOINT, MANIFEST, RunDirectory, check_usable
 from fedsim.methods.catalogue import method_named
 from fedsim.resources import resource_folder
 from fedsim.rng import Stream, generator
@@ -67,6 +67,7 @@ def run(
                 return load(path)
             _play(directory, checked, quiet, profile_draw)
         return load(path)
+    check_usable(path, force)
     # What is wrong with the configuration must show before anything in the directory is touched.
     experiment, progress = _prepare(checked, quiet, profile_draw, done=0)
     with RunDirectory.create(path, force=force) as directory:

@@ -232,6 +232,18 @@ class RunDirectory:
             raise ValueError(f"run directory '{self.path}' is closed")
 
 
+def check_usable(path: Path, force: bool) -> None:
+    """Raise what `RunDirectory.create` would, before slow work is done for nothing; nothing is made or changed."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"run directory '{path}' is a file; give another folder (--out)")
+    if (path / LOCK).exists():
+        _release(_acquire(path))
+    if not force:
+        _refuse_used(path)
+
+
 def _acquire(path: Path) -> int:
     file = path / LOCK
     with writing(file):
