@@ -25,14 +25,14 @@ from fedsim.data.synthetic import unlabelled_text, vocabulary
 from fedsim.resources import asset_folder
 
 SEED = 0
-STEPS = 1_700
+STEPS = 2_000
 BATCH_SIZE = 64
 SENTENCES = 40_000
 PEAK_LEARNING_RATE = 3e-3
-WARMUP_STEPS = 100
+WARMUP_STEPS = 50
 MASKED_FRACTION = 0.25
 MAX_TOKENS = 64
-THREADS = 2
+THREADS = 1
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
@@ -71,6 +71,7 @@ def build_config(tokens: int) -> RobertaConfig:
         intermediate_size=256,
         max_position_embeddings=MAX_TOKENS + 2,
         type_vocab_size=1,
+        initializer_range=0.1,  # at RoBERTa's 0.02 good and bad words were not told apart within the steps given
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=1,
@@ -131,8 +132,11 @@ def save(model: RobertaModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> 
     ):  # no library version: it says nothing of the model
         content = json.loads(path.read_text(encoding="utf-8"))
         content.pop("transformers_version", None)
+        if "tokenizer_class" in content:  # the name that every supported version of the library knows
+            content["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     weights = out / "model.safetensors"
+    weights.chmod(0o644)
     print(f"{weights.name}: {weights.stat().st_size} bytes, sha256 {hashlib.sha256(weights.read_bytes()).hexdigest()}")
 
 

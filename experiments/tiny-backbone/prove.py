@@ -2,9 +2,9 @@
 
     python experiments/tiny-backbone/prove.py [--seeds 0 1 2] [--rates 2e-3 5e-3 1e-2] [--model fedsim/assets/tiny]
 
-A plain loop of PEFT models and no simulator: FedAvg of LoRA factors and head over Dirichlet(10) clients. It stands apart
-from the package's own training on purpose, so that one can be held against the other. Bar: at the best of the same
-learning rates the pretrained weights pass 90% test accuracy and random weights stay under 80%.
+A plain loop of PEFT models and no simulator: FedAvg of LoRA factors and head over Dirichlet(10) clients. It stands
+apart from the package's own training on purpose, so that one can be held against the other. Bar: at the best of the
+same learning rates the pretrained weights pass 90% test accuracy and random weights stay under 80%.
 """
 
 from __future__ import annotations

@@ -126,13 +126,13 @@ def test_unusable_file_is_refused_in_one_sentence(tmp_path, name, text, words):
 
 
 def test_missing_file_folder_and_damaged_gzip_are_refused(tmp_path):
-    with pytest.raises(DataError, match="data.path .*none.tsv': no such file"):
+    with pytest.raises(DataError, match=r"data.path .*none.tsv': no such file"):
         load_corpus(DataSettings(path=str(tmp_path / "none.tsv")), seed=0)
     (tmp_path / "folder.tsv").mkdir()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"cannot be read"):
         load_corpus(DataSettings(path=str(tmp_path / "folder.tsv")), seed=0)
     (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(TRAIN.encode())[:-9])
-    with pytest.raises(DataError, match="not a whole gzip file"):
+    with pytest.raises(DataError, match=r"not a whole gzip file"):
         load_corpus(DataSettings(path=str(tmp_path / "cut.tsv.gz")), seed=0)
 
 
@@ -145,18 +145,20 @@ def test_label_only_in_the_test_file_is_refused_with_its_line(tmp_path):
 
 def test_columns_by_index_need_to_exist_and_names_need_a_header(tmp_path):
     path = write(tmp_path, "a.tsv", "a\t1\nb\t0\n")
-    with pytest.raises(DataError, match="data.label is 2, but the file has columns 0 to 1"):
+    with pytest.raises(DataError, match=r"data.label is 2, but the file has columns 0 to 1"):
         load_corpus(DataSettings(path=path, header=False, text=0, label=2), seed=0)
-    with pytest.raises(DataError, match="data.text is 'text', but with data.header: false columns go by index, 0 to 1"):
+    with pytest.raises(
+        DataError, match=r"data.text is 'text', but with data.header: false columns go by index, 0 to 1"
+    ):
         load_corpus(DataSettings(path=path, header=False, label=1), seed=0)
 
 
 def test_settings_that_contradict_each_other_are_refused(tmp_path):
-    with pytest.raises(DataError, match="causal_lm"):
+    with pytest.raises(DataError, match=r"causal_lm"):
         load_corpus(DataSettings(name="synthetic", task="causal_lm"), seed=0)
-    with pytest.raises(DataError, match="both given"):
+    with pytest.raises(DataError, match=r"both given"):
         load_corpus(DataSettings(name="synthetic", path="a.tsv"), seed=0)
-    with pytest.raises(DataError, match="needs data.path"):
+    with pytest.raises(DataError, match=r"needs data.path"):
         load_corpus(DataSettings(name="synthetic", test_path="a.tsv"), seed=0)
 
 
@@ -201,7 +203,7 @@ def test_hub_faults_are_one_sentence(fake_datasets, monkeypatch):
     with pytest.raises(DataError, match=r"data.text 'sentence' is not there \(columns: text, label\)"):
         load_corpus(DataSettings(name="near", text="sentence"), seed=0)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="needs the library 'datasets'"):
+    with pytest.raises(DataError, match=r"needs the library 'datasets'"):
         load_corpus(DataSettings(name="near"), seed=0)
 
 

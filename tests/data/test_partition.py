@@ -27,7 +27,7 @@ def splits(draw):
     return corpus(labels, fields), DataSettings(partition=kind, alpha=alpha), clients, draw(st.integers(0, 2**31))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(splits())
 def test_each_row_belongs_to_exactly_one_client_and_no_client_is_empty(case):
     text, chosen, clients, seed = case
@@ -91,7 +91,7 @@ def test_field_with_more_values_than_clients_keeps_each_value_whole():
 
 
 def test_faults_name_field_and_value():
-    with pytest.raises(DataError, match="fleet.clients is 3, but the training data has 2 rows"):
+    with pytest.raises(DataError, match=r"fleet.clients is 3, but the training data has 2 rows"):
         partition(corpus([0, 1]), DataSettings(), 3, 0)
-    with pytest.raises(DataError, match="data.field is not set"):
+    with pytest.raises(DataError, match=r"data.field is not set"):
         partition(corpus([0, 1]), DataSettings(partition="field"), 2, 0)

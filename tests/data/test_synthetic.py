@@ -11,9 +11,7 @@ from fedsim.data.summary import corpus_hash
 from fedsim.settings import DataSettings
 
 SETTINGS = DataSettings(name="synthetic")
-ANTONYM = {word: synthetic._NEGATIVE for word in synthetic._POSITIVE} | {
-    word: synthetic._POSITIVE for word in synthetic._NEGATIVE
-}
+OPINION_WORDS = {*synthetic._POSITIVE, *synthetic._NEGATIVE}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def slow_label(text):
     verdicts = []
     for clause in clauses:
         words = clause.split()
-        loaded = [word for word in words if word in ANTONYM]
+        loaded = [word for word in words if word in OPINION_WORDS]
         verbs = [word for word in words if any(word in verbs for verbs in synthetic._LIKING.values())]
         if not loaded and not verbs:
             continue  # neutral: its negator turns nothing
@@ -62,7 +60,7 @@ def test_labels_follow_the_rules_of_the_language(corpus):
 
 
 def test_counting_words_stays_well_under_ninety_percent():
-    """A logistic regression on word counts with 20,000 sentences, three times the corpus: the most that counting gives."""
+    """A logistic regression on word counts of 20,000 sentences, three times the corpus: what counting can give."""
     big = load_corpus(DataSettings(name="synthetic", max_samples=20_000), seed=0)
     accuracy = logistic_accuracy(counts(big.train.texts), big.train.labels, counts(big.test.texts), big.test.labels)
     assert 0.6 < accuracy < 0.86
