@@ -6,6 +6,7 @@ Paths inside a configuration are relative to the working directory.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -149,7 +150,7 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     Raises:
         ConfigError: one sentence naming the key, its value and what is allowed.
     """
-    user: Tree = _merge({}, tree)
+    user: Tree = copy.deepcopy(dict(tree))  # the caller's own sections must not take the overrides
     for key, value in (overrides or {}).items():
         _set(user, key, value)
     name = user.get("method", Config.model_fields["method"].default)

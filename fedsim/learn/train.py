@@ -120,7 +120,7 @@ class ReferenceTrainer:
             device,
         )
         loss_before = self._probe_loss(probe)
-        optimizer = torch.optim.AdamW(model.parameters_list(), lr=request.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(model.parameters_list(), lr=request.learning_rate, weight_decay=0.0, fused=True)
         structure, scores = job.start, job.scores
         prune_at = request.local_steps - request.recovery_steps
         outcome, importance = Outcome.OK, float("nan")

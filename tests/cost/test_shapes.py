@@ -14,6 +14,7 @@ STATED_MILLIONS = {
     "roberta-base": 125,
     "roberta-large": 355,
     "minilm-l6": 22.7,
+    "minilm": 22.7,
     "tinyllama-1.1b": 1034,  # 1,100 with the output embedding, which a classifier has not
     "llama-7b": 6607,  # 6,738 likewise
 }

@@ -41,6 +41,12 @@ def test_overrides_beat_the_file(tmp_path):
     assert config.data.alpha == 1.0
 
 
+def test_overrides_do_not_leak_into_the_callers_mapping():
+    tree = {"fleet": {"clients": 6}}
+    assert build_config(tree, {"fleet.clients": 3, "train.local_steps": 5}).fleet.clients == 3
+    assert tree == {"fleet": {"clients": 6}}
+
+
 def test_resolved_yaml_reads_back_as_the_same_configuration():
     config = build_config({"method": "fedlora", "reward": {"weights": [1, 0, 0.5]}})
     again = build_config(yaml.safe_load(config_yaml(config)))

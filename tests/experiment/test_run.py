@@ -226,7 +226,7 @@ BAD = [
     ({"data.name": None, "data.path": "nowhere.tsv"}, DataError, "nowhere.tsv"),
     ({"train.max_length": 4096}, ConfigError, "train.max_length: value 4096"),
     ({"train.torch_device": "tpu"}, ConfigError, "train.torch_device: value 'tpu'"),
-    ({"data.max_samples": 5}, DataError, "6 clients"),
+    ({"data.max_samples": 5}, DataError, "fleet.clients is 6"),
 ]
 
 
