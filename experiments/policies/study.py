@@ -2,7 +2,7 @@
 
     python experiments/policies/study.py [--out DIR] [--seeds 0 1 2] [--policies uniform random sucb balanced oracle]
 
-Prints total simulated seconds, the idle share of the last 20 rounds (fleet mean, and of the fastest class), and how far
+Prints total simulated seconds, idle share of the last 20 rounds (fleet mean, and of the fastest class), and how far
 `balanced` stays behind `oracle`: its round time over the oracle's from ten rounds after pruning begins, leaving out the
 two rounds after each re-drawing of power modes. Writes the table as CSV. All of it is a reconstruction: the paper states
 neither its bandit's constants nor its testbed's link speeds.
