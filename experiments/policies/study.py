@@ -4,8 +4,8 @@
 
 Prints total simulated seconds, idle share of the last 20 rounds (fleet mean, and of the fastest class), and how far
 `balanced` stays behind `oracle`: its round time over the oracle's from ten rounds after pruning begins, leaving out the
-two rounds after each re-drawing of power modes. Writes the table as CSV. All of it is a reconstruction: the paper states
-neither its bandit's constants nor its testbed's link speeds.
+two rounds after each re-drawing of power modes. Writes the table as CSV. All of it is a reconstruction: the paper
+states neither its bandit's constants nor its testbed's link speeds.
 """
 
 from __future__ import annotations
