@@ -105,7 +105,7 @@ class TrainSettings(Section):
     engine: Literal["auto", "reference", "none"] = "auto"
     precision: Literal["fp32"] = "fp32"
     torch_device: str = "auto"
-    threads: Positive = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
 
 
 class PruneSettings(Section):
@@ -175,7 +175,7 @@ class CostSettings(Section):
 class Config(Section):
     """A whole run."""
 
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     method: str = "fedspine"
     records: RecordSettings = RecordSettings()
     model: ModelSettings = ModelSettings()

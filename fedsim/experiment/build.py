@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from fedsim.control.policies import make_policy
 from fedsim.control.reward import RewardModel
@@ -27,9 +28,14 @@ from fedsim.rng import Stream, generator
 from fedsim.settings import Config
 from fedsim.sim.fleet import Fleet, load_fleet
 from fedsim.specs import Learner
-from fedsim.structure import ModelShape, kept_counts, largest_ratio
+from fedsim.structure import ModelShape, achieved_ratio, kept_counts, largest_ratio
 
 Say = Callable[[str], None]
+
+_STATIC_CRITERIA = ("magnitude", "random")
+_CRITERIA = ("lora_guided", *_STATIC_CRITERIA)
+_RULES = ("average_factors", "lowrank")
+"""What the registries of `fedsim.learn` hold at first; known here so that timing-only runs need not load torch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +85,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     facts = _facts(config, fleet, clock_shape)
     learner: Learner
     if corpus is None:
+        _check_names(config)
         learner = TimingLearner(shape)
         facts["model"] = {"name": shape.name, "sha256": None}
         facts["data"] = {"name": None, "sha256": None, "train": 0, "test": 0}
@@ -113,6 +120,17 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     return Experiment(config, fleet, Federation(parts), shape.prunable_weights / all_weights, facts)
 
 
+def _check_names(config: Config) -> None:
+    """Refuse a misspelt criterion or rule where no learner is built that would."""
+    if config.prune.criterion in _CRITERIA and config.aggregate.rule in _RULES:
+        return
+    from fedsim.learn.aggregate import find_rule  # heavy, and only a user's own entry needs the registries
+    from fedsim.learn.importance import find_criterion
+
+    find_criterion(config.prune.criterion)
+    find_rule(config.aggregate.rule)
+
+
 def _with_test_sample(corpus: Corpus, config: Config) -> Corpus:
     """The corpus with at most ``evaluate.max_samples`` test sentences, a seeded choice."""
     limit = config.evaluate.max_samples
@@ -145,20 +163,29 @@ def _check_shape(config: Config, method: Method, shape: ModelShape) -> None:
     if not method.prunes:
         return
     limit = largest_ratio(shape)
+    if config.prune.selection == "layer_local":
+        # Nearest counts may stray from the asked ratio by half a group of each kind; beyond that it is out of reach.
+        steps = np.arange(1000) / 1000
+        limit = float(steps[_reachable(shape, steps)].max())
     fields = {"prune.target": config.prune.target}
     if config.prune.target_scope == "fleet_mean":
         fields["prune.max_ratio"] = config.prune.max_ratio
     for field, value in fields.items():
-        heads, channels = kept_counts(shape, value)
-        # Nearest counts may stray from the asked ratio by half a group of each kind; beyond that it is out of reach.
-        slack = (0.5 * shape.weights_per_head_group + 0.5 * shape.weights_per_channel) * shape.layers
-        kept = shape.layers * (int(heads) * shape.weights_per_head_group + int(channels) * shape.weights_per_channel)
-        missed = kept - (1.0 - value) * shape.prunable_weights
-        if missed > slack + 1e-9:
+        reached = bool(_reachable(shape, value)) if config.prune.selection == "layer_local" else value <= limit
+        if not reached:
             raise ConfigError(
                 f"{field}: value {value} is not allowed (at most {limit:.3f}: one head and one channel stay in every "
                 f"layer of {shape.name})"
             )
+
+
+def _reachable(shape: ModelShape, ratio: ArrayLike) -> NDArray[np.bool_]:
+    """Whether equal counts in every layer come within half a group of each kind of `ratio`."""
+    heads, channels = kept_counts(shape, ratio)
+    missed = np.asarray(ratio) - achieved_ratio(shape, heads[..., None], channels[..., None])
+    half_group = 0.5 * (shape.weights_per_head_group + shape.weights_per_channel) * shape.layers
+    reachable: NDArray[np.bool_] = missed <= (half_group + 1e-9) / shape.prunable_weights
+    return reachable
 
 
 def _build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape) -> ShapeAsk:
@@ -170,7 +197,7 @@ def _build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: M
         tuning="lora",
         train_top_layers=None,
     )
-    needs_gradients = method.prunes and config.prune.criterion not in ("random", "magnitude")
+    needs_gradients = method.prunes and config.prune.criterion not in _STATIC_CRITERIA
     job = JobSetting(
         local_steps=train.local_steps,
         recovery_steps=config.local_recovery_steps if method.prunes else 0,

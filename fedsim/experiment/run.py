@@ -21,7 +21,7 @@ from fedsim.experiment.config import build_config, config_hash, config_yaml, fin
 from fedsim.experiment.progress import Progress
 from fedsim.experiment.records import RecordWriter
 from fedsim.experiment.results import Run, load
-from fedsim.experiment.rundir import CHECKPOINT, MANIFEST, RunDirectory, check_usable
+from fedsim.experiment.rundir import CHECKPOINT, MANIFEST, PARTS, RunDirectory, check_usable
 from fedsim.methods.catalogue import method_named
 from fedsim.resources import resource_folder
 from fedsim.rng import Stream, generator
@@ -64,7 +64,9 @@ def run(
         with RunDirectory.open_for_resume(path) as directory:
             checked = _same_config(directory, checked)
             if directory.manifest["status"] == "finished":
+                directory.remove_folder(PARTS)  # left by a kill after the manifest was written
                 return load(path)
+            _same_draw(directory, profile_draw)
             _play(directory, checked, quiet, profile_draw)
         return load(path)
     check_usable(path, force)
@@ -109,6 +111,28 @@ def _same_config(directory: RunDirectory, asked: Config) -> Config:
     return kept
 
 
+def _same_draw(directory: RunDirectory, asked: int | None) -> None:
+    """Refuse to go on with other device profiles than the run began with."""
+    kept = directory.manifest.get("profile_draw")
+    if kept != asked:
+        began, wanted = ("the profiles themselves" if draw is None else f"draw {draw}" for draw in (kept, asked))
+        raise RunError(
+            f"run '{directory.path}' was started with other device profiles ({began}, not {wanted}); resume it with "
+            "the same --profile-error, or start afresh with --force"
+        )
+
+
+def _same_inputs(directory: RunDirectory, experiment: Experiment) -> None:
+    """Refuse to go on where the data or the model's weights are no longer those that the run began with."""
+    for what in ("data", "model"):
+        kept, now = directory.manifest.get(what), experiment.facts[what]
+        if isinstance(kept, dict) and isinstance(now, dict) and kept.get("sha256") != now.get("sha256"):
+            raise RunError(
+                f"run '{directory.path}' was started with another {what} (sha256 {kept.get('sha256')}, now "
+                f"{now.get('sha256')}): restore it, or start afresh with --force"
+            )
+
+
 def _prepare(config: Config, quiet: bool, profile_draw: int | None, done: int) -> tuple[Experiment, Progress]:
     progress = Progress(f"{config.method} seed {config.seed}", config.server.rounds, done, quiet)
     return build(config, progress.say, _perturbation(config.seed, profile_draw)), progress
@@ -124,6 +148,7 @@ def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: in
         return
     next_round, state, meta = load_checkpoint(checkpoints)
     experiment, progress = _prepare(config, quiet, profile_draw, done=next_round)
+    _same_inputs(directory, experiment)
     experiment.federation.restore(state)
     start = SimState(next_round, float(meta["now_s"]), str(meta["trace_hash"]), bool(meta["target_met"]))
     _simulate(directory, experiment, progress, start, spent_s=float(meta["host_s"]))

@@ -213,6 +213,14 @@ class RunDirectory:
         self._check_held()
         atomic_write_text(self.path / name, text)
 
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder of the run, if it is there."""
+        self._check_held()
+        folder = self.path / name
+        if folder.is_dir():
+            with writing(folder):
+                shutil.rmtree(folder)
+
     def close(self) -> None:
         """Release the lock. Closing twice does nothing."""
         if self._lock is not None:

@@ -110,12 +110,11 @@ def merge(
         ConfigError: unknown rule, or a rule that cannot merge these ranks.
         ValueError: a contribution that does not fit the model, or has no samples.
     """
-    if settings.rule not in RULES:
-        raise ConfigError(unknown("aggregate.rule", settings.rule, RULES))
+    rule = find_rule(settings.rule)
     if not contributions:
         return previous
     _check(previous, contributions, shape)
-    return RULES[settings.rule](previous, contributions, shape, rank_max, alpha_over_rank, settings)
+    return rule(previous, contributions, shape, rank_max, alpha_over_rank, settings)
 
 
 def client_weights(contributions: Sequence[Contribution], importance_weight: float) -> NDArray[np.float64]:
@@ -211,6 +210,17 @@ def average_factors(
 
 RULES: dict[str, Rule] = {"lowrank": lowrank, "average_factors": average_factors}
 """Aggregation rules by the name in ``aggregate.rule``. Register a rule of your own by adding an entry."""
+
+
+def find_rule(name: str) -> Rule:
+    """The rule called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in RULES:
+        raise ConfigError(unknown("aggregate.rule", name, RULES))
+    return RULES[name]
 
 
 def _sides(factors: Factors, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ rows that go with them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ import numpy as np
 import torch
 
 from fedsim.data.records import Corpus
-from fedsim.errors import ConfigError, unknown
+from fedsim.errors import ConfigError
 from fedsim.learn.adapter import Adapter
-from fedsim.learn.aggregate import RULES, Contribution, merge
+from fedsim.learn.aggregate import Contribution, find_rule, merge
 from fedsim.learn.backbone import Backbone, load_backbone
 from fedsim.learn.batches import Batch, encode, eval_batches
 from fedsim.learn.evaluate import measure_structures
@@ -79,7 +80,7 @@ class LoraLearner:
         guide = self._guide(client)
         start = self._structure(client)
         if request.prune:
-            start = grow(self._ranking(client), start, self._parts.backbone.shape, request.ratio_target)
+            start = self._dispatched(client, start, request.ratio_target)
         self._next_ticket += 1
         self._pending[self._next_ticket] = Job(request, self._adapter, start, self._scores.get(client), guide)
         return self._next_ticket
@@ -171,6 +172,13 @@ class LoraLearner:
 
     def _structure(self, client: int) -> Structure:
         return self._structures.get(client, Structure.full(self._parts.backbone.shape))
+
+    def _dispatched(self, client: int, structure: Structure, ratio: float) -> Structure:
+        """What a job starts with. Counts per layer say what comes back under ``layer_local`` only."""
+        prune = self._parts.config.prune
+        if prune.reversible and prune.selection == "layer_local":
+            return grow(self._ranking(client), structure, self._parts.backbone.shape, ratio)
+        return self._grown(client, structure, ratio)
 
     def _grown(self, client: int, structure: Structure, ratio: float) -> Structure:
         """With the groups back that `ratio` leaves room for, where groups may come back at all.
@@ -299,11 +307,13 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         parts: each client's sample numbers in ``corpus.train``.
     """
     criterion = find_criterion(config.prune.criterion)
-    if config.aggregate.rule not in RULES:
-        raise ConfigError(unknown("aggregate.rule", config.aggregate.rule, RULES))
+    find_rule(config.aggregate.rule)
     torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     device = torch_device(config.train.torch_device)
+    if device.type == "cuda":
+        # Without it cuBLAS may choose between workspaces, and repeats would differ; read when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device)
     if config.train.max_length > backbone.max_tokens:
         raise ConfigError(

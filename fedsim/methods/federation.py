@@ -6,8 +6,10 @@ reward, teach the policy, evaluate. Methods differ in their settings, not in thi
 Unspecified in the paper; we chose: a client whose update did not arrive (late, out of memory, not finite) keeps the
 ratio it had before; before the last evaluation every device, sampled lately or not, is cut to its target:
 `prune.target` under ``every_device``; under ``fleet_mean`` the ratios as they stand, shifted together so that their
-mean is the target. Under ``global`` selection a job's cost is known only once it is trained, so its participants are
-trained at dispatch, whether or not their updates arrive.
+mean is the target. A run that ends at `server.time_budget_s` is cut and evaluated in that round; one that ends at
+`server.target_accuracy` is not cut: the accuracy that ended it is that of the devices as they stood. Under ``global``
+selection a job's cost is known only once it is trained, so its participants are trained at dispatch, whether or not
+their updates arrive.
 """
 
 from __future__ import annotations
@@ -158,7 +160,7 @@ class Federation:
                 reward=reward,
             )
         )
-        last = plan.round_index == parts.config.server.rounds - 1
+        last = self._is_last(report)
         if last and parts.method.prunes:
             self._final_cut()
         evaluation = self._evaluate(plan.round_index, last)
@@ -247,6 +249,12 @@ class Federation:
             ratio_max=ratio_cap(config.prune) if method.prunes else 0.0,
             step_max=self._step_max,
         )
+
+    def _is_last(self, report: RoundReport) -> bool:
+        """Whether no round follows, whatever the evaluation says."""
+        server = self._parts.config.server
+        out_of_time = server.time_budget_s is not None and report.end_s >= server.time_budget_s
+        return out_of_time or report.round_index == server.rounds - 1
 
     def _learning_rate(self, round_index: int) -> float:
         """Linear decay over the rounds, so that the last round still learns a little."""

@@ -100,6 +100,8 @@ REFUSED = [
     ({"data": {"name": "synthetic", "path": "x.tsv"}}, r"data.path: value 'x.tsv'"),
     ({"data": {"task": "causal_lm"}}, r"data.task: value 'causal_lm'"),
     ({"reward": {"weights": [1, 2]}}, r"reward.weights"),
+    ({"seed": 2**64}, r"seed: value 18446744073709551616 is not allowed .*less than"),
+    ({"train": {"threads": 100_000}}, r"train.threads: value 100000 is not allowed .*1024"),
 ]
 
 

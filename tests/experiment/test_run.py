@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -199,6 +200,70 @@ def test_stopping_at_a_time_budget_and_resuming_changes_nothing(tmp_path):
     run = fedsim.run(TIMING, out=tmp_path / "run", quiet=True, server__time_budget_s=1.0)
     assert len(run.rounds) == 1
     assert run.manifest["status"] == "finished"
+    # Its last round is the last one of the run, known before it is evaluated: the final cut belongs to it.
+    assert run.manifest["final_prune_ratio"]["mean"] == pytest.approx(0.5, abs=0.07)
+
+
+def stopped(config, out, monkeypatch, **options):
+    """A run that was stopped right after its second checkpoint."""
+    import fedsim.experiment.run as run_module
+
+    real = run_module.save_checkpoint
+
+    def save_and_die(folder, next_round, state, meta):
+        real(folder, next_round, state, meta)
+        if next_round == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_checkpoint", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            fedsim.run(config, out=out, quiet=True, **options)
+
+
+def test_resume_with_other_device_profiles_is_refused(tmp_path, monkeypatch):
+    expected = fedsim.run(TIMING, out=tmp_path / "whole", quiet=True, profile_draw=1)
+    stopped(TIMING, tmp_path / "run", monkeypatch, profile_draw=1)
+    for other in (None, 0):
+        with pytest.raises(RunError, match=r"other device profiles \(draw 1, not"):
+            fedsim.run(TIMING, out=tmp_path / "run", resume=True, quiet=True, profile_draw=other)
+    assert_same_run(expected, fedsim.run(TIMING, out=tmp_path / "run", resume=True, quiet=True, profile_draw=1))
+
+
+def test_resume_on_changed_data_is_refused(tmp_path, monkeypatch):
+    rows = [f"{word} {number}\t{label}" for number in range(60) for word, label in (("good", 1), ("bad", 0))]
+    table = tmp_path / "train.tsv"
+    table.write_text("\n".join(["text\tlabel", *rows]), encoding="utf-8")
+    config = {**SMALL, "data": {"path": str(table)}}
+    stopped(config, tmp_path / "run", monkeypatch)
+    table.write_text("\n".join(["text\tlabel", *rows[2:]]), encoding="utf-8")
+    with pytest.raises(RunError, match="was started with another data"):
+        fedsim.run(config, out=tmp_path / "run", resume=True, quiet=True)
+
+
+def test_parts_left_by_a_kill_after_the_last_manifest_are_removed(tmp_path):
+    run = fedsim.run(TIMING, out=tmp_path / "run", quiet=True)
+    (run.path / "parts").mkdir()
+    assert fedsim.run(TIMING, out=tmp_path / "run", resume=True, quiet=True).finished
+    assert not (run.path / "parts").exists()
+
+
+def test_timing_only_refuses_misspelt_names_too(tmp_path):
+    for key, word in (("prune.criterion", "lora_guide"), ("aggregate.rule", "lowrnk")):
+        with pytest.raises(ConfigError, match="did you mean"):
+            fedsim.run(TIMING, out=tmp_path / "run", quiet=True, **{key: word})
+
+
+def test_the_limit_that_a_refused_target_names_is_allowed(tmp_path):
+    """Equal counts of four heads cannot follow every ratio below the one-head minimum; unequal layers can."""
+    for selection in ("layer_local", "global"):
+        config = {**SMALL, "method": "fedspine_uniform"}
+        overrides = {"server.rounds": 1, "prune.warmup_rounds": 0, "prune.end_round": 1, "prune.selection": selection}
+        with pytest.raises(ConfigError, match=r"prune.target: value 0.95") as caught:
+            fedsim.run(config, out=tmp_path / "no", quiet=True, **overrides, **{"prune.target": 0.95})
+        limit = float(re.search(r"at most (\d\.\d+)", str(caught.value))[1])
+        run = fedsim.run(config, out=tmp_path / selection, quiet=True, **overrides, **{"prune.target": limit})
+        assert run.manifest["final_prune_ratio"]["mean"] == pytest.approx(limit, abs=0.05)
 
 
 def test_profile_draws_change_the_clock_and_repeat(tmp_path):

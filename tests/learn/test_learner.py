@@ -130,6 +130,19 @@ def test_a_reversible_device_grows_back_at_dispatch(tiny_folders, selection):
     assert same.payload.structure.same_as(small.payload.structure)
 
 
+def test_under_global_selection_nothing_comes_back_where_nothing_may(tiny_folders):
+    """Random scores per weight take heads before channels: counts of an equal share would bring heads back."""
+    tree = {"prune.reversible": False, "prune.selection": "global", "prune.criterion": "random"}
+    learner = make_learner(tiny_folders["roberta"], tree)
+    (first,) = play(learner, [request(0, 1, 0.3)])
+    assert first.kept_after[0].sum() < first.kept_before[0].sum() * 0.7
+    (second,) = play(learner, [request(0, 2, 0.35)])
+    before, after = first.payload.structure, second.payload.structure
+    assert [counts.tolist() for counts in second.kept_before] == [counts.tolist() for counts in first.kept_after]
+    assert not (after.head_mask & ~before.head_mask).any()
+    assert not (after.channel_mask & ~before.channel_mask).any()
+
+
 def test_one_common_structure_for_all_when_asked(tiny_folders):
     learner = make_learner(tiny_folders["bert"], {"prune.structure": "common", "prune.target_scope": "every_device"})
     play(learner, [request(client) for client in range(CLIENTS)])

@@ -125,6 +125,16 @@ def test_evaluation_comes_every_few_rounds_and_at_the_end():
     assert learner.panels[-1] == ((0, 3), pytest.approx(0.5))
 
 
+def test_a_run_that_ends_at_its_time_budget_is_cut_and_evaluated_in_that_round():
+    federation, learner = make({"server.time_budget_s": 30.0})
+    plan = federation.open_round(2, np.arange(6))
+    assert federation.close_round(report(plan)).accuracy is None
+    plan = federation.open_round(4, np.arange(6))
+    assert federation.close_round(report(plan, start_s=20.0)).accuracy is not None
+    assert len(learner.cuts) == 1
+    assert federation.final_sparsity().mean == pytest.approx(0.5, abs=1e-3)
+
+
 def test_what_did_not_arrive_is_never_trained_and_keeps_its_ratio():
     federation, learner = make()
     outcomes = [Outcome.LATE, Outcome.OUT_OF_MEMORY, Outcome.DROPPED, Outcome.OK, Outcome.OK, Outcome.OK]
