@@ -151,6 +151,10 @@ class Structure:
         """Achieved pruning ratio."""
         return float(achieved_ratio(shape, self.heads_kept, self.channels_kept))
 
+    def within(self, other: Structure) -> Structure:
+        """The groups that both keep."""
+        return Structure(self.head_mask & other.head_mask, self.channel_mask & other.channel_mask)
+
     def same_as(self, other: Structure) -> bool:
         """Whether both keep the same groups."""
         return np.array_equal(self.head_mask, other.head_mask) and np.array_equal(self.channel_mask, other.channel_mask)

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -61,11 +61,12 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    preset = resource_folder("experiments") / path.name
-    for candidate in (preset, preset.with_suffix(".yaml")):
-        if candidate.is_file() and len(path.parts) <= 2:
-            return candidate
-    presets = sorted(p.name for p in resource_folder("experiments").glob("*.yaml"))
+    folder = resource_folder("experiments")
+    presets = {str(file.relative_to(folder).with_suffix("")): file for file in sorted(folder.rglob("*.yaml"))}
+    asked = Path(*path.parts[1:]) if path.parts[:1] == (folder.name,) else path
+    wanted = str(asked.with_suffix("") if asked.suffix == ".yaml" else asked)
+    if wanted in presets:
+        return presets[wanted]
     raise ConfigError(f"no configuration file '{name}' (give a YAML file, or a preset: {', '.join(presets)})")
 
 
@@ -139,8 +140,8 @@ def _sentence(error: ValidationError) -> str:
     messages = [e["msg"] for e in error.errors() if [str(p) for p in e["loc"]][: len(path)] == path]
     allowed = " or ".join(dict.fromkeys(m.removeprefix("Input ") for m in messages))
     value = first["input"]
-    if len(parts) > len(path):  # the bare value of the field, not of a member of it
-        value = first["input"]
+    if first["type"] in ("missing", "too_long", "tuple_type"):
+        allowed = f"should be a list of {len(get_args(model))} numbers"
     return f"{'.'.join(path)}: value {value!r} is not allowed (it {allowed})"
 
 
@@ -204,6 +205,11 @@ def _check(config: Config, method: Method) -> None:
             f"prune.end_round: value {config.prune_end_round} is not allowed (at most server.rounds = "
             f"{config.server.rounds}, or the target is never reached)"
         )
+    if method.prunes and prune.structure == "common" and config.prune_warmup_rounds < 1:
+        raise ConfigError(
+            "prune.warmup_rounds: value 0 is not allowed with prune.structure common (at least 1: the averaged importance "
+            "that draws the common mask comes from rounds before the first cut)"
+        )
     if method.prunes and prune.target_scope == "fleet_mean" and prune.max_ratio < prune.target:
         raise ConfigError(
             f"prune.max_ratio: value {prune.max_ratio} is not allowed (with target_scope fleet_mean it is at least "
@@ -234,7 +240,10 @@ def _check(config: Config, method: Method) -> None:
             "known only from training; layer_local is allowed)"
         )
     if config.data.name is not None and config.data.path is not None:
-        raise ConfigError(f"data.path: value {config.data.path!r} is not allowed beside data.name (give one of them)")
+        raise ConfigError(
+            f"data.path: value {config.data.path!r} is not allowed beside data.name = "
+            f"{config.data.name!r} (give one of them; data.name=null takes a preset's away)"
+        )
     if config.data.task == "causal_lm":
         raise ConfigError("data.task: value 'causal_lm' is not allowed yet (this version trains: classification)")
     if config.server.mode != "sync":

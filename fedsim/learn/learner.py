@@ -2,7 +2,8 @@
 
 Implements `fedsim.specs.Learner`. Whatever grows with clients is held only for clients that have taken part.
 
-Unspecified in the paper; we chose: the fleet's averaged importance is the mean over clients seen so far of each one's
+Unspecified in the paper; we chose: with one common structure a device's mask follows from its ratio alone: the best
+groups by the fleet's averaged importance, nested over ratios, and over rounds where groups cannot come back; the fleet's averaged importance is the mean over clients seen so far of each one's
 latest average; a device that may grow back takes its best-scored missing groups at dispatch, when it receives the LoRA
 rows that go with them.
 """
@@ -58,6 +59,7 @@ class LoraLearner:
         self._scores: dict[int, GroupScores] = {}
         self._static: dict[int, GroupScores] = {}
         self._fleet: GroupScores | None = None  # the mean of _scores; None when it must be taken anew
+        self._common = Structure.full(parts.backbone.shape)  # what every device keeps so far (common structure)
         self._pending: dict[Ticket, Job] = {}
         self._trained: dict[Ticket, LocalResult] = {}
         self._next_ticket = 0
@@ -77,12 +79,17 @@ class LoraLearner:
     def submit(self, request: LocalRequest) -> Ticket:
         """Freeze the job against the present adapter, structure and scores."""
         client = request.client
-        guide = self._guide(client)
-        start = self._structure(client)
-        if request.prune:
+        start, mask = self._structure(client), None
+        if request.prune and self._is_common:
+            mask = self._common_mask(request.ratio_target)
+            if self._parts.config.prune.reversible:
+                start = Structure(start.head_mask | mask.head_mask, start.channel_mask | mask.channel_mask)
+        elif request.prune:
             start = self._dispatched(client, start, request.ratio_target)
         self._next_ticket += 1
-        self._pending[self._next_ticket] = Job(request, self._adapter, start, self._scores.get(client), guide)
+        self._pending[self._next_ticket] = Job(
+            request, self._adapter, start, self._scores.get(client), self._guide(client), mask
+        )
         return self._next_ticket
 
     def result(self, ticket: Ticket) -> LocalResult:
@@ -122,6 +129,7 @@ class LoraLearner:
             if not isinstance(update, Update) or result.outcome != Outcome.OK:
                 raise ValueError(f"client {result.client} has no usable update to aggregate")
             self._structures[result.client] = update.structure
+            self._common = self._common.within(update.structure)
             if update.scores is not None:
                 self._scores[result.client] = update.scores
             contributions.append(Contribution(update.adapter, update.structure, update.samples, update.lora_importance))
@@ -143,8 +151,12 @@ class LoraLearner:
         achieved = np.empty(len(clients))
         for place, (client, ratio) in enumerate(zip(clients, ratios, strict=True)):
             number, target = int(client), float(ratio)
-            structure = self._grown(number, self._structure(number), target)
-            structure = select(self._ranking(number), structure, shape, target, selection)
+            if self._is_common:
+                mask, own = self._common_mask(target), self._structure(number)
+                structure = mask if self._parts.config.prune.reversible else mask.within(own)
+            else:
+                structure = self._grown(number, self._structure(number), target)
+                structure = select(self._ranking(number), structure, shape, target, selection)
             self._structures[number] = structure
             achieved[place] = structure.ratio(shape)
         return achieved
@@ -173,6 +185,23 @@ class LoraLearner:
     def _structure(self, client: int) -> Structure:
         return self._structures.get(client, Structure.full(self._parts.backbone.shape))
 
+    @property
+    def _is_common(self) -> bool:
+        return self._parts.config.prune.structure == "common"
+
+    def _common_mask(self, ratio: float) -> Structure:
+        """The one structure of a pruning ratio. Masks of several ratios are nested.
+
+        Where groups cannot come back it goes on from what all devices keep already, so that a device that was sampled
+        late ends with the same mask as the others.
+        """
+        prune, shape = self._parts.config.prune, self._parts.backbone.shape
+        scores = self._ranking(0)
+        base = Structure.full(shape) if prune.reversible else self._common
+        if base.ratio(shape) > ratio and prune.selection == "layer_local":
+            return grow(scores, base, shape, ratio)
+        return select(scores, base, shape, ratio, prune.selection)
+
     def _dispatched(self, client: int, structure: Structure, ratio: float) -> Structure:
         """What a job starts with. Counts per layer say what comes back under ``layer_local`` only."""
         prune = self._parts.config.prune
@@ -194,19 +223,20 @@ class LoraLearner:
         return Structure(structure.head_mask | best.head_mask, structure.channel_mask | best.channel_mask)
 
     def _guide(self, client: int) -> GroupScores | None:
-        """Scores that take the place of a client's own average: a static criterion's, or the fleet's."""
+        """Scores of a static criterion, which take the place of a client's own average; else None."""
         static = self._parts.criterion.static
         if static is not None:
             # One mask for all is client 0's draw.
-            owner = 0 if self._parts.config.prune.structure == "common" else client
+            owner = 0 if self._is_common else client
             if owner not in self._static:
                 self._static[owner] = static(self._parts.backbone, self._parts.config.seed, owner)
             return self._static[owner]
-        return self._fleet_scores() if self._parts.config.prune.structure == "common" else None
+        return None
 
     def _ranking(self, client: int) -> GroupScores:
         """Scores by which a client's groups are ranked outside a job: its guide, its own, or the fleet's."""
-        for scores in (self._guide(client), self._scores.get(client), self._fleet_scores()):
+        own = None if self._is_common else self._scores.get(client)
+        for scores in (self._guide(client), own, self._fleet_scores()):
             if scores is not None:
                 return scores
         return GroupScores.zeros(self._parts.backbone.shape)
@@ -241,6 +271,7 @@ class LoraLearner:
             arrays[f"A.{name}"], arrays[f"B.{name}"] = a.cpu().numpy(), b.cpu().numpy()
         for name, tensor in self._adapter.head.items():
             arrays[f"head.{name}"] = tensor.cpu().numpy()
+        arrays["common_heads"], arrays["common_channels"] = self._common.head_mask, self._common.channel_mask
         pruned = sorted(self._structures)
         scored = sorted(self._scores)
         arrays["structure_clients"] = np.array(pruned, dtype=np.int64)
@@ -263,6 +294,7 @@ class LoraLearner:
             },
             {name: _tensor(state[f"head.{name}"], device) for name in self._adapter.head},
         )
+        self._common = Structure(state["common_heads"].astype(bool), state["common_channels"].astype(bool))
         self._structures = {
             int(client): Structure(state["head_mask"][i].astype(bool), state["channel_mask"][i].astype(bool))
             for i, client in enumerate(state["structure_clients"])

@@ -25,7 +25,7 @@ from fedsim.learn.selection import select
 from fedsim.specs import IntArray, LocalRequest, Outcome
 from fedsim.structure import Structure
 
-PROBE_SAMPLES = 16
+PROBE_SAMPLES = 8
 """Samples of the fixed probe batch on which a job's loss is measured before and after."""
 
 
@@ -37,7 +37,8 @@ class Job:
         adapter: the global adapter of the state version at dispatch.
         start: the structure the job starts with.
         scores: the client's averaged group scores so far; None before the first estimate, or for a static criterion.
-        guide: scores that choose the groups in the place of the client's own (common structure, static criteria).
+        guide: scores that choose the groups in the place of the client's own (a static criterion's).
+        mask: the ready structure to shrink to (common structure); None to choose by scores.
     """
 
     request: LocalRequest
@@ -45,6 +46,7 @@ class Job:
     start: Structure
     scores: GroupScores | None
     guide: GroupScores | None
+    mask: Structure | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,11 +165,16 @@ class ReferenceTrainer:
     def _prune(
         self, job: Job, structure: Structure, scores: GroupScores | None, optimizer: torch.optim.Optimizer
     ) -> Structure:
-        """Shrink to the target by the guide, or by the client's own average."""
+        """Shrink to the ready mask, or to the target by the guide or the client's own average."""
+        if job.mask is not None:
+            return self._shrink(job.mask.within(structure), structure, optimizer)
         guide = job.guide if job.guide is not None else scores
         if guide is None:
             raise RuntimeError(f"client {job.request.client} is to prune, but no importance was ever estimated")
         target = select(guide, structure, self._model.backbone.shape, job.request.ratio_target, self._rule.selection)
+        return self._shrink(target, structure, optimizer)
+
+    def _shrink(self, target: Structure, structure: Structure, optimizer: torch.optim.Optimizer) -> Structure:
         if not target.same_as(structure):
             self._model.prune_with_optimizer(target, optimizer)
         return target

@@ -256,3 +256,31 @@ def test_results_are_frozen_records(learner):
     (result,) = play(learner, [request(0)])
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.ratio = 0.0
+
+
+def test_common_masks_are_one_for_each_ratio_however_late_a_device_is_sampled(tiny_folders):
+    tree = {"prune.structure": "common", "prune.target_scope": "every_device"}
+    learner = make_learner(tiny_folders["roberta"], {**tree, "prune.reversible": False})
+    play(learner, [request(client) for client in range(CLIENTS)])
+    play(learner, [request(0, 1, 0.2), request(1, 1, 0.2)])
+    play(learner, [request(1, 2, 0.4), request(2, 2, 0.4)])
+    results = play(learner, [request(client, 3, 0.6) for client in range(CLIENTS)])
+    assert all(result.payload.structure.same_as(results[0].payload.structure) for result in results)
+    other = make_learner(tiny_folders["roberta"], {**tree, "prune.reversible": False})
+    other.restore({key: np.array(value) for key, value in learner.state().items()})
+    assert states_equal(learner.state(), other.state())
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_common_masks_of_unequal_ratios_are_nested(tiny_folders, reversible):
+    tree = {"prune.structure": "common", "prune.reversible": reversible}
+    learner = make_learner(tiny_folders["bert"], tree)
+    play(learner, [request(client) for client in range(CLIENTS)])
+    ratios = (0.1, 0.3, 0.5, 0.7)
+    for round_index in (1, 2):
+        results = play(learner, [request(c, round_index, ratio) for c, ratio in enumerate(ratios)])
+        for smaller, larger in zip(results[1:], results[:-1], strict=True):
+            inner, outer = smaller.payload.structure, larger.payload.structure
+            assert inner.within(outer).same_as(inner)
+    achieved = learner.cut(np.arange(CLIENTS), np.full(CLIENTS, 0.7))
+    assert np.ptp(achieved) == 0
