@@ -17,7 +17,7 @@ from fedsim.errors import FedsimError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``fedsim`` command; returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.action(arguments) or 0)
     except FedsimError as error:
@@ -30,6 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, say) has gone; there is nobody left to tell.
         sys.stderr.close()
         return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; ``key=value`` may also stand behind an option, which argparse alone refuses."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(late) < len(rest) or (late and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        arguments.overrides += late
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

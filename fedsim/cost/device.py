@@ -173,7 +173,11 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
         raise ProfileError(f"profile file {path} cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
         raise ProfileError(f"profile file {path} must hold a mapping, not {type(content).__name__}")
-    return parse_profile(content, path.stem)
+    try:
+        return parse_profile(content, path.stem)
+    except ProfileError as error:
+        # A copied profile often keeps its first name: say which file.
+        raise ProfileError(f"{path}: {error}") from error
 
 
 def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfile:

@@ -153,6 +153,10 @@ def estimate(
         device: a built-in device, or the path of a profile's YAML file.
         model: see `fedsim.cost.shapes.load_shape`.
     """
+    if tuning == "inference" and train_top_layers is not None:
+        raise ConfigError(
+            f"train_top_layers is {train_top_layers}; it is not allowed in inference, which trains nothing"
+        )
     setting = StepSetting(batch_size, seq_len, precision, tuning, train_top_layers)
     return estimate_step(load_profile(device), load_shape(model), setting, mode, lora_rank, prune_ratio)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from fedsim.experiment.progress import seconds_text
+
 if TYPE_CHECKING:
     from fedsim.experiment.compare import Comparison
 
@@ -65,7 +67,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
         ]
         if timed:
             cell.append(_time(row))
-        cell += [_speedup(row, comparison), _number(row["simulated_s"], ",.0f"), _number(row["idle_fraction"], ".1%")]
+        cell += [_speedup(row, comparison), _seconds(row["simulated_s"]), _number(row["idle_fraction"], ".1%")]
         if comparison.fastest_class is not None:
             cell.append(_number(row["idle_fastest_fraction"], ".1%"))
         cell.append(_number(row["traffic_bytes"] / byte_scale, ".2f"))
@@ -114,6 +116,10 @@ def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else format(value, form)
 
 
+def _seconds(value: float) -> str:
+    return "-" if math.isnan(value) else seconds_text(value)
+
+
 def _plus_minus(deviation: float) -> str:
     return "" if math.isnan(deviation) else f" ± {deviation:.3f}"
 
@@ -129,7 +135,7 @@ def _time(row: Any) -> str:
     if row["reached"] == 0:
         return "not reached"
     partly = "" if row["reached"] == row["runs"] else f" ({row['reached']} of {row['runs']})"
-    return f"{row['time_to_target_s']:,.0f}{partly}"
+    return f"{seconds_text(row['time_to_target_s'])}{partly}"
 
 
 def _speedup(row: Any, comparison: Comparison) -> str:

@@ -11,6 +11,11 @@ from tqdm import tqdm
 from fedsim.specs import RoundLearning, RoundReport
 
 
+def seconds_text(value: float) -> str:
+    """Simulated seconds: whole from 100 on, else three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 class Progress:
     """Context manager that shows rounds as they finish, on standard error.
 
@@ -46,7 +51,7 @@ class Progress:
         self._done += 1
         accuracy = "" if learning.accuracy is None else f", accuracy {learning.accuracy:.3f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"simulated {report.end_s:,.0f} s{accuracy}")
+            self._bar.set_postfix_str(f"simulated {seconds_text(report.end_s)} s{accuracy}")
             self._bar.update(1)
             return
         every = max(1, self._rounds // 20)
@@ -55,7 +60,7 @@ class Progress:
         spent_s = time.monotonic() - self._began_s
         left_s = spent_s / (self._done - self._first) * (self._rounds - self._done)
         print(
-            f"{self._label}: round {self._done}/{self._rounds}, simulated {report.end_s:,.0f} s{accuracy}, "
+            f"{self._label}: round {self._done}/{self._rounds}, simulated {seconds_text(report.end_s)} s{accuracy}, "
             f"about {left_s:.0f} s to go",
             file=sys.stderr,
             flush=True,

@@ -300,6 +300,7 @@ class RecordWriter:
                     f"records of rounds {reached} to {start - 1} are missing before '{path}': "
                     "start the run afresh with --force"
                 )
+            _check_readable(path)
             reached = end
         if reached != self._next_round:
             raise RunError(
@@ -320,6 +321,18 @@ def list_parts(folder: Path) -> list[tuple[Path, str, int, int]]:
     return sorted(found, key=lambda part: part[1:])
 
 
+def _damaged(path: Path, why: Exception) -> RunError:
+    return RunError(f"records file '{path}' is missing or damaged ({why}): start afresh with --force")
+
+
+def _check_readable(path: Path) -> None:
+    """Refuse a part whose footer cannot be read, before more rounds are spent on a run that could not be joined."""
+    try:
+        pq.ParquetFile(path).close()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from None
+
+
 def _join(paths: Sequence[Path], target: Path, schema: pa.Schema) -> None:
     """Stream parts into one file of row groups of `ROW_GROUP` rows, wherever the parts end."""
     with pq.ParquetWriter(target, schema, compression="zstd") as writer:
@@ -333,9 +346,7 @@ def _join(paths: Sequence[Path], target: Path, schema: pa.Schema) -> None:
                         writer.write_table(waiting.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
                         waiting = waiting.slice(ROW_GROUP)
             except (pa.ArrowInvalid, FileNotFoundError) as error:
-                raise RunError(
-                    f"records file '{path}' is missing or damaged ({error}): start afresh with --force"
-                ) from None
+                raise _damaged(path, error) from None
         if len(waiting):
             writer.write_table(waiting, row_group_size=ROW_GROUP)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from fedsim.errors import RunError
+from fedsim.experiment.progress import seconds_text
 from fedsim.experiment.records import TABLES, list_parts, schema_of
 from fedsim.experiment.rundir import CONFIG, MANIFEST, PARTS, read_manifest
 
@@ -30,8 +31,8 @@ class Run:
     """
 
     path: Path
-    config: dict[str, Any]
-    manifest: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
+    manifest: dict[str, Any] = field(repr=False)
 
     @property
     def method(self) -> str:
@@ -73,14 +74,24 @@ class Run:
         rounds = self.rounds
         facts = [f"{self.method} seed {self.seed}", f"{len(rounds)} rounds"]
         if len(rounds):
-            facts.append(f"{rounds['end_s'].iloc[-1]:,.0f} simulated s")
+            facts.append(f"{seconds_text(rounds['end_s'].iloc[-1])} simulated s")
             facts.append(f"idle {rounds['idle_fraction'].mean():.1%}")
         tested = rounds["accuracy"].dropna()
         if len(tested):
             facts.append(f"accuracy {tested.iloc[-1]:.3f}")
+        lost = int(rounds["dropped"].sum())
+        if lost:
+            facts.append(f"{lost} of {int(rounds['participants'].sum())} updates lost{self._outcomes()}")
         if not self.finished:
             facts.append("unfinished")
         return f"{', '.join(facts)}: {self.path}"
+
+    def _outcomes(self) -> str:
+        """How updates were lost, such as " (late 3)"; empty where clients are not recorded."""
+        if not self.has("client_rounds"):
+            return ""
+        counts = self.client_rounds["outcome"].value_counts().drop("ok", errors="ignore")
+        return f" ({', '.join(f'{name} {count}' for name, count in sorted(counts.items()))})"
 
     def _read(self, table: str) -> pd.DataFrame:
         if not self.has(table):

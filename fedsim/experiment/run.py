@@ -11,8 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fedsim.cost.device import DeviceProfile, perturbed
 from fedsim.errors import RunError
 from fedsim.experiment.build import Experiment, build
@@ -100,7 +98,7 @@ def _resolve(config: str | Path | Mapping[str, Any] | Config, overrides: Mapping
 
 def _same_config(directory: RunDirectory, asked: Config) -> Config:
     """The configuration of the run to be resumed; anything else asked for is refused."""
-    kept = build_config(yaml.safe_load((directory.path / "config.yaml").read_text(encoding="utf-8")))
+    kept = build_config(load(directory.path).config)
     if config_hash(kept) != config_hash(asked):
         ours, theirs = asked.model_dump(mode="json"), kept.model_dump(mode="json")
         changed = sorted(key for key in ours if ours[key] != theirs[key])

@@ -47,7 +47,8 @@ def writing(path: Path, need_bytes: int | None = None) -> Iterator[None]:
         if error.errno in _FULL:
             need = "" if need_bytes is None else f" ({need_bytes:,} bytes were to be written)"
             raise RunError(
-                f"cannot write '{path}': the disk is full{need}; free some space, then go on with --resume"
+                f"cannot write '{path}': the disk is full{need}; "
+                "free some space and try again (a run goes on with --resume)"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise RunError(

@@ -76,7 +76,7 @@ def _draw_accuracy(groups: Sequence[Group], text: str, out: Path) -> list[Path]:
         axes.set_xlabel("simulated time (s)")
         axes.set_ylabel("test accuracy (panel mean)")
         axes.set_xlim(left=0)
-        axes.legend(loc="lower right")
+        axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(figure, ("Bold: mean over seeds by round; thin: each seed. " if several else "") + text)
         return save(figure, frame, out, "accuracy_over_time")
 

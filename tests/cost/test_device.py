@@ -175,6 +175,13 @@ def test_file_that_is_no_profile(tmp_path, text):
     assert "\n" not in str(caught.value)
 
 
+def test_a_fault_in_an_own_file_names_the_file(tmp_path, content):
+    path = tmp_path / "copied.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if key != "idle_power"}))
+    with pytest.raises(ProfileError, match=r"copied\.yaml: profile jetson-tx2: idle_power is missing"):
+        load_profile(path)
+
+
 def test_own_file_may_name_its_default_mode(tmp_path, content):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content | {"default_mode": "Max-Q", "name": "mine"}))

@@ -121,6 +121,13 @@ def test_bad_arguments_are_named(arguments, said):
         estimate_step(TX2, BERT, StepSetting(4, 64), **arguments)
 
 
+def test_trained_layers_make_no_sense_in_inference():
+    with pytest.raises(ConfigError, match="train_top_layers is 2; it is not allowed in inference"):
+        estimate(
+            device="jetson-tx2", model="bert-base", batch_size=1, seq_len=8, tuning="inference", train_top_layers=2
+        )
+
+
 def test_by_names_and_from_a_file_as_by_records(tmp_path):
     path = tmp_path / "board.yaml"
     path.write_text((resource_folder("device_profiles") / "jetson-tx2.yaml").read_text())

@@ -60,6 +60,26 @@ def test_presets_are_found_by_name(name):
     assert find_config(name).name == "quickstart.yaml"
 
 
+@pytest.mark.parametrize("name", ["sst2-minilm/base", "experiments/sst2-minilm/base.yaml"])
+def test_presets_of_studies_are_found_by_folder_and_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name).parts[-2:] == ("sst2-minilm", "base.yaml")
+    with pytest.raises(ConfigError, match=r"quickstart, sst2-minilm/base"):
+        find_config("base")
+
+
+@pytest.mark.parametrize("weights", [[1, 2], [1, 2, 3, 4], 3])
+def test_a_list_of_the_wrong_length_says_how_many(weights):
+    said = re.escape(f"reward.weights: value {weights} is not allowed (it should be a list of 3 numbers)")
+    with pytest.raises(ConfigError, match=said):
+        build_config({"reward": {"weights": weights}})
+
+
+def test_a_file_beside_a_preset_s_data_name_says_how_to_take_the_name_away():
+    with pytest.raises(ConfigError, match=r"data.path: value 'a.tsv' .* data.name = 'synthetic' .*data.name=null"):
+        build_config({"data": {"name": "synthetic", "path": "a.tsv"}})
+
+
 def test_packaged_quickstart_is_the_issue_size():
     config = load_config("quickstart")
     assert config.fleet.name == "fedspine-80"

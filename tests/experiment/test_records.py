@@ -313,6 +313,8 @@ def test_a_damaged_part_is_named(tmp_path):
         writer.finish()
     assert not (tmp_path / "events.parquet").exists()
     assert part.exists()
+    with pytest.raises(RunError, match=r"events-000000-000001\.parquet' is missing or damaged"):
+        RecordWriter(tmp_path, RecordSettings(), next_round=1)
 
 
 @pytest.mark.parametrize("table", ["events", "client_rounds"])

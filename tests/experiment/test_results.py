@@ -1,13 +1,15 @@
 """Reading runs back, finished or not."""
 
 import shutil
+from pathlib import Path
 
 import pandas as pd
 import pytest
 from made_up import write_run
 
 from fedsim.errors import RunError
-from fedsim.experiment.results import find_runs, load
+from fedsim.experiment.progress import seconds_text
+from fedsim.experiment.results import Run, find_runs, load
 
 
 def test_a_finished_run(tmp_path):
@@ -94,3 +96,25 @@ def test_runs_are_found_at_and_below_a_folder_once_and_in_order(tmp_path):
         find_runs([tmp_path / "study" / "notes"])
     with pytest.raises(RunError, match="no such run directory"):
         find_runs([tmp_path / "nowhere"])
+
+
+def test_the_summary_says_what_was_lost_and_why():
+    run = Run(Path("somewhere"), {}, {"status": "finished", "method": "fedlora", "seed": 0})
+    rounds = {"end_s": [0.5, 1.25], "idle_fraction": 0.0, "accuracy": 0.5, "dropped": [2, 1], "participants": 2}
+    outcomes = ["late", "out_of_memory", "late", "ok"]
+    run.__dict__["rounds"] = pd.DataFrame(rounds)
+    run.__dict__["client_rounds"] = pd.DataFrame({"outcome": outcomes})
+    assert "1.25 simulated s" in run.summary()
+    assert "3 of 4 updates lost (late 2, out_of_memory 1)" in run.summary()
+    run.rounds["dropped"] = 0
+    assert "lost" not in run.summary()
+
+
+def test_a_run_is_shown_by_its_path_alone(tmp_path):
+    run = load(write_run(tmp_path / "run", rounds=2, clients=8))
+    assert repr(run) == f"Run(path={run.path!r})"
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0123, "0.0123"), (1.5, "1.5"), (99.44, "99.4"), (1234.5, "1,234")])
+def test_short_times_keep_their_digits(value, text):
+    assert seconds_text(value) == text

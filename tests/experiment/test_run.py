@@ -339,3 +339,21 @@ def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
     state.write_bytes(state.read_bytes()[:-7])
     with pytest.raises(RunError, match=r"state\.safetensors"):
         fedsim.run(TIMING, out=tmp_path / "run", resume=True, quiet=True)
+
+
+def test_resume_without_its_configuration_file_is_one_sentence(tmp_path):
+    path = fedsim.run(TIMING, out=tmp_path / "run", quiet=True).path
+    (path / "config.yaml").unlink()
+    with pytest.raises(RunError, match=r"config\.yaml"):
+        fedsim.run(TIMING, out=path, resume=True, quiet=True)
+
+
+def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
+    words = ["run", "quickstart", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*words, "train.local_step=3"]) == 2
+    assert "did you mean 'local_steps'" in capsys.readouterr().err
+    for wrong in (["--seeds=3"], ["stray"]):
+        with pytest.raises(SystemExit):
+            main([*words, *wrong])
+    with pytest.raises(SystemExit):
+        main(["devices", "jetson-tx2", "seed=3"])
