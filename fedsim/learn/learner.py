@@ -2,10 +2,10 @@
 
 Implements `fedsim.specs.Learner`. Whatever grows with clients is held only for clients that have taken part.
 
-Unspecified in the paper; we chose: with one common structure a device's mask follows from its ratio alone: the best
-groups by the fleet's averaged importance, nested over ratios, and over rounds where groups cannot come back; the fleet's averaged importance is the mean over clients seen so far of each one's
+Unspecified in the paper; we chose: the fleet's averaged importance is the mean over clients seen so far of each one's
 latest average; a device that may grow back takes its best-scored missing groups at dispatch, when it receives the LoRA
-rows that go with them.
+rows that go with them; with one common structure a device's mask follows from its ratio alone (the best groups by the
+fleet's averaged importance), nested over ratios, and over rounds where groups cannot come back.
 """
 
 from __future__ import annotations
