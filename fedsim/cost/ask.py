@@ -19,6 +19,7 @@ from fedsim.cost.workload import (
     block_weights,
     importance_work,
     kept_sums,
+    lora_roles,
     lora_weights,
     slicing_work,
     work_of_sums,
@@ -64,6 +65,8 @@ class ShapeAsk:
         learner_shape: the model that is really tuned.
         clock_shape: the model whose work the simulated clock counts.
         ranks: LoRA ranks on offer, ascending, each >= 1.
+    Raises:
+        ConfigError: ranks that do not ascend, or LoRA on a Linear that the clock's shape does not have.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class ShapeAsk:
         offered = [int(rank) for rank in ranks]
         if not offered or offered[0] < 1 or offered != sorted(set(offered)):
             raise ConfigError(f"LoRA ranks are {offered}; they must be positive and ascend")
+        lora_roles(clock_shape, job.step)  # refused here, not at the first job
         self._learner = learner_shape
         self._clock = clock_shape
         self._job = job
@@ -173,6 +177,6 @@ class ShapeAsk:
         return Work(*np.broadcast_arrays(flops, moved, launches, peak, download, upload, np.asarray(rank))[:6])
 
     def _update_bytes(self, kept: KeptSums, rank: ArrayLike) -> FloatArray:
-        """LoRA of kept rows and columns and the classification head, fp32, one way."""
+        """LoRA of the targeted Linears' kept rows and columns and the classification head, fp32, one way."""
         adapter = lora_weights(self._clock, kept, rank)
         return TRAINED_BYTES * (adapter + self._clock.head_weights)

@@ -9,7 +9,7 @@ Counting rules (1 multiply-accumulate = 2 operations; N = batch times sequence t
 * Backward: full tuning doubles that. LoRA passes activations through frozen weights once, doubles the score and value
   products (both operands need gradients), and trains its own products: 3 times their forward in all. The pass stops
   below the lowest trained layer: the query, key and value inputs of that layer need no gradient (unless the
-  embeddings are trained too).
+  embeddings are trained too). LoRA on some Linears only: counted through that whole layer all the same (upper bound).
 * Bytes: each Linear reads its weights and inputs and writes its outputs; norms, activations and attention scores pass
   through memory as the constants below say. Kernels count as unfused.
 * Causal models count full score matrices (no saving for the mask); a sequence classifier has no vocabulary output.
@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, unknown
 from fedsim.specs import FloatArray
 from fedsim.structure import ModelShape
 
@@ -31,6 +31,9 @@ Tuning = Literal["lora", "full", "inference"]
 Precision = Literal["fp32", "fp16"]
 
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2}
+HEAD_ROLES = frozenset({"query", "key", "value", "attention_out"})
+CHANNEL_ROLES = {False: frozenset({"up", "down"}), True: frozenset({"gate", "up", "down"})}
+"""Prunable Linears of a layer that go with attention heads, and with FFN channels (encoder / gated)."""
 TRAINED_BYTES = 4
 """LoRA, gradients, optimizer moments and traffic are fp32 whatever the backbone's precision."""
 
@@ -87,9 +90,11 @@ class StepSetting:
     Attributes:
         batch_size, seq_len: sequences per step and tokens per sequence, >= 1.
         precision: of weights and activations.
-        tuning: ``lora`` on every prunable Linear, ``full``, or ``inference`` (forward only, LoRA merged).
+        tuning: ``lora``, ``full``, or ``inference`` (forward only, LoRA merged).
         train_top_layers: how many of the last layers are trained; None: all, and in full tuning the embeddings too
             (so does a number equal to the model's layers). 0 trains the classifier alone.
+        lora_roles: prunable Linears of each trained layer that carry LoRA, by role (`HEAD_ROLES`, `CHANNEL_ROLES`);
+            None: all. Read in LoRA tuning only.
     """
 
     batch_size: int
@@ -97,6 +102,7 @@ class StepSetting:
     precision: Precision = "fp32"
     tuning: Tuning = "lora"
     train_top_layers: int | None = None
+    lora_roles: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         for field, value in (("batch_size", self.batch_size), ("seq_len", self.seq_len)):
@@ -108,6 +114,12 @@ class StepSetting:
             raise ConfigError(f"tuning is '{self.tuning}'; allowed are lora, full and inference")
         if self.train_top_layers is not None and self.train_top_layers < 0:
             raise ConfigError(f"train_top_layers is {self.train_top_layers}; it must be at least 0")
+        if self.lora_roles is not None:
+            known = HEAD_ROLES | CHANNEL_ROLES[True]
+            if not self.lora_roles:
+                raise ConfigError(f"lora_roles is empty; it must name at least one of {', '.join(sorted(known))}")
+            for role in sorted(self.lora_roles - known):
+                raise ConfigError(f"lora_roles: {unknown('role', role, known)}")
 
     @property
     def tokens(self) -> int:
@@ -127,7 +139,7 @@ class StepWork:
 
 @dataclass(frozen=True, eq=False)
 class KeptSums:
-    """Kept fractions summed over layers: of all layers, of the trained ones, and of the lowest trained one."""
+    """Kept fractions summed over layers: all, the trained ones, the lowest trained one. What of these carries LoRA."""
 
     heads_all: FloatArray
     channels_all: FloatArray
@@ -135,6 +147,7 @@ class KeptSums:
     channels_trained: FloatArray
     heads_lowest: FloatArray
     trained_layers: int
+    lora_roles: frozenset[str]
 
 
 def trained_layers(shape: ModelShape, setting: StepSetting) -> int:
@@ -145,6 +158,21 @@ def trained_layers(shape: ModelShape, setting: StepSetting) -> int:
     if count > shape.layers:
         raise ConfigError(f"train_top_layers is {count}; {shape.name} has {shape.layers} layers")
     return count
+
+
+def linear_roles(shape: ModelShape) -> frozenset[str]:
+    """Roles of the prunable Linears of one block."""
+    return HEAD_ROLES | CHANNEL_ROLES[shape.gated]
+
+
+def lora_roles(shape: ModelShape, setting: StepSetting) -> frozenset[str]:
+    """Roles that carry LoRA. Raises ConfigError for one that the model does not have (a gate, in encoders)."""
+    allowed = linear_roles(shape)
+    if setting.lora_roles is None:
+        return allowed
+    for role in sorted(setting.lora_roles - allowed):
+        raise ConfigError(f"lora_roles: {shape.name} has no '{role}' (allowed: {', '.join(sorted(allowed))})")
+    return setting.lora_roles
 
 
 def _embeddings_trained(shape: ModelShape, setting: StepSetting) -> bool:
@@ -168,7 +196,7 @@ def kept_sums(shape: ModelShape, setting: StepSetting, heads: ArrayLike, channel
 
     heads_all, heads_top, heads_low = all_and_top(heads)
     channels_all, channels_top, _ = all_and_top(channels)
-    return KeptSums(heads_all, channels_all, heads_top, channels_top, heads_low, top)
+    return KeptSums(heads_all, channels_all, heads_top, channels_top, heads_low, top, lora_roles(shape, setting))
 
 
 def _attention_weights(shape: ModelShape) -> int:
@@ -187,16 +215,20 @@ def _key_width(shape: ModelShape) -> int:
     return shape.kv_heads * shape.head_dim
 
 
-def linears_per_layer(shape: ModelShape) -> int:
-    """Prunable Linear layers of one block."""
-    return 7 if shape.gated else 6
+def _linear_widths(
+    shape: ModelShape, roles: frozenset[str], layers: int, heads: FloatArray, channels: FloatArray
+) -> FloatArray:
+    """Sum over layers and Linears of `roles` of kept (d_in + d_out), given summed fractions."""
+    query_wide = len(roles & {"query", "attention_out"}) * _query_width(shape)
+    key_wide = len(roles & {"key", "value"}) * _key_width(shape)
+    # One side of every Linear is as wide as the hidden state, whatever is pruned.
+    fixed = len(roles) * shape.hidden
+    return layers * fixed + heads * (query_wide + key_wide) + channels * len(roles - HEAD_ROLES) * shape.ffn
 
 
-def _linear_widths(shape: ModelShape, layers: int | FloatArray, heads: FloatArray, channels: FloatArray) -> FloatArray:
-    """Sum over layers and Linears of kept (d_in + d_out), given summed fractions."""
-    ffn_linears = linears_per_layer(shape) - 4
-    fixed = (4 + ffn_linears) * shape.hidden
-    return layers * fixed + heads * 2 * (_query_width(shape) + _key_width(shape)) + channels * ffn_linears * shape.ffn
+def _lora_widths(shape: ModelShape, kept: KeptSums) -> FloatArray:
+    """Sum of kept (d_in + d_out) over the Linears that carry LoRA."""
+    return _linear_widths(shape, kept.lora_roles, kept.trained_layers, kept.heads_trained, kept.channels_trained)
 
 
 def block_weights(shape: ModelShape, heads_sum: FloatArray, channels_sum: FloatArray) -> FloatArray:
@@ -205,9 +237,8 @@ def block_weights(shape: ModelShape, heads_sum: FloatArray, channels_sum: FloatA
 
 
 def lora_weights(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> FloatArray:
-    """Trained LoRA weights on every prunable Linear of the trained layers, over kept rows and columns."""
-    widths = _linear_widths(shape, kept.trained_layers, kept.heads_trained, kept.channels_trained)
-    return np.asarray(rank, dtype=np.float64) * widths
+    """Trained LoRA weights on the targeted Linears of the trained layers, over kept rows and columns."""
+    return np.asarray(rank, dtype=np.float64) * _lora_widths(shape, kept)
 
 
 def tuned_weights(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> FloatArray:
@@ -276,14 +307,15 @@ def work_of_sums(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: St
     score_flops = 4.0 * tokens * setting.seq_len * _query_width(shape)
     head_flops = 2.0 * setting.batch_size * shape.head_weights
     flops = 2.0 * tokens * weights_all + score_flops * kept.heads_all + head_flops
-    widths_all = _linear_widths(shape, shape.layers, kept.heads_all, kept.channels_all)
+    roles = linear_roles(shape)
+    widths_all = _linear_widths(shape, roles, shape.layers, kept.heads_all, kept.channels_all)
     elementwise = _elementwise_values(shape, setting, shape.layers, kept.heads_all, kept.channels_all)
     # Embedding rows are read, added and normalised: 6 hidden-wide passes.
     moved = size * (weights_all + tokens * (widths_all + 6.0 * shape.hidden) + elementwise)
     launches = float(MODEL_LAUNCHES + shape.layers * FORWARD_LAUNCHES[shape.gated])
 
     if setting.tuning != "inference":
-        widths_top = _linear_widths(shape, top, kept.heads_trained, kept.channels_trained)
+        widths_top = _linear_widths(shape, roles, top, kept.heads_trained, kept.channels_trained)
         elementwise_top = _elementwise_values(shape, setting, top, kept.heads_trained, kept.channels_trained)
         flops = flops + 2.0 * score_flops * kept.heads_trained + linear_flops + 2.0 * head_flops
         moved = moved + size * (weights_top + tokens * widths_top + BACKWARD_PASS_FACTOR * elementwise_top)
@@ -296,8 +328,8 @@ def work_of_sums(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: St
             adapter = lora_weights(shape, kept, rank)
             trained = trained + adapter
             flops = flops + 3.0 * 2.0 * tokens * adapter
-            moved = moved + size * LORA_PASSES * tokens * widths_top
-            launches += top * linears_per_layer(shape) * (LORA_LAUNCHES_FORWARD + LORA_LAUNCHES_BACKWARD)
+            moved = moved + size * LORA_PASSES * tokens * _lora_widths(shape, kept)
+            launches += top * len(kept.lora_roles) * (LORA_LAUNCHES_FORWARD + LORA_LAUNCHES_BACKWARD)
         if full:
             trained = trained + tuned_weights(shape, setting, kept)
             flops = flops + linear_flops
@@ -356,7 +388,7 @@ def importance_work(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> StepW
     rank = np.asarray(rank, dtype=np.float64)
     flops = weights * (8.0 * rank + IMPORTANCE_ELEMENTWISE_FLOPS)
     moved = IMPORTANCE_PASSES * TRAINED_BYTES * weights
-    launches = float(shape.layers * linears_per_layer(shape) * IMPORTANCE_LAUNCHES)
+    launches = float(shape.layers * len(linear_roles(shape)) * IMPORTANCE_LAUNCHES)
     peak = 3.0 * TRAINED_BYTES * shape.hidden * max(shape.ffn, _query_width(shape))
     return StepWork(flops, moved, np.asarray(launches), np.asarray(peak))
 
@@ -364,5 +396,5 @@ def importance_work(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> StepW
 def slicing_work(shape: ModelShape, kept_weights: FloatArray, precision: Precision) -> StepWork:
     """Changing the structure once: every kept weight is read and written. Storage is counted as memory (ours)."""
     moved = 2.0 * BYTES_PER_VALUE[precision] * np.asarray(kept_weights, dtype=np.float64)
-    launches = float(shape.layers * linears_per_layer(shape) * SLICE_LAUNCHES)
+    launches = float(shape.layers * len(linear_roles(shape)) * SLICE_LAUNCHES)
     return StepWork(np.asarray(0.0), moved, np.asarray(launches), np.asarray(0.0))

@@ -13,13 +13,14 @@ from fedsim.control.reward import RewardModel
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.device import DeviceProfile
 from fedsim.cost.shapes import load_shape
-from fedsim.cost.workload import StepSetting
+from fedsim.cost.workload import StepSetting, linear_roles
 from fedsim.data.corpus import load_corpus
 from fedsim.data.partition import partition
 from fedsim.data.records import Corpus
 from fedsim.data.summary import corpus_hash
 from fedsim.errors import ConfigError
 from fedsim.experiment.panel import draw_panel
+from fedsim.learn.linears import target_linears
 from fedsim.methods.base import Method
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.federation import Federation, Parts
@@ -196,6 +197,7 @@ def _build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: M
         precision=cost.precision,
         tuning="lora",
         train_top_layers=None,
+        lora_roles=_lora_roles(config, shape, clock_shape),
     )
     needs_gradients = method.prunes and config.prune.criterion not in _STATIC_CRITERIA
     job = JobSetting(
@@ -206,6 +208,21 @@ def _build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: M
         prunes=method.prunes,
     )
     return ShapeAsk(shape, clock_shape, job, ranks_on_offer(config.model.lora_rank_max))
+
+
+def _lora_roles(config: Config, shape: ModelShape, clock_shape: ModelShape) -> frozenset[str] | None:
+    """Roles of ``model.lora_targets`` (names of the learner's Linears), None for all; refuses misspelt ones."""
+    roles = frozenset(linear.role.value for linear in target_linears(shape, config.model.lora_targets))
+    if roles == linear_roles(shape):
+        return None
+    absent = roles - linear_roles(clock_shape)
+    if absent:
+        raise ConfigError(
+            f"model.lora_targets: value {config.model.lora_targets!r} is not allowed with the clock's model "
+            f"'{clock_shape.name}', which has no {', '.join(sorted(absent))} (allowed: 'all', or name a cost.model "
+            "that has it)"
+        )
+    return roles
 
 
 def _build_learner(

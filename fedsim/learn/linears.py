@@ -7,13 +7,19 @@ Hugging Face model (``BertModel``, ``RobertaModel``, ``LlamaModel``), whole path
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsim.errors import ConfigError, unknown
 from fedsim.structure import ModelShape, Structure
+
+Targets = Literal["all"] | Sequence[str]
+"""Which Linears carry LoRA: see `target_linears`."""
 
 
 class Role(StrEnum):
@@ -75,6 +81,32 @@ def prunable_linears(shape: ModelShape) -> tuple[PrunableLinear, ...]:
         PrunableLinear(path.format(layer), layer, role, *sizes[role])
         for layer in range(shape.layers)
         for role, path in paths.items()
+    )
+
+
+def target_linears(shape: ModelShape, targets: Targets) -> tuple[PrunableLinear, ...]:
+    """The Linears that carry LoRA, in block order.
+
+    Args:
+        targets: ``all``, or names: a path inside the block (``attention.output.dense``, ``output.dense``: never more
+            than that one), or a module's last name (``query``, ``q_proj``, ``dense``: all that are called so).
+    Raises:
+        ConfigError: no prunable Linear is called so.
+    """
+    linears = prunable_linears(shape)
+    if targets == "all":
+        return linears
+    in_block = {linear.name: linear.name.split(f".{linear.layer}.", 1)[1] for linear in linears}
+    allowed = {*in_block.values(), *(path.rsplit(".", 1)[-1] for path in in_block.values())}
+    for target in targets:
+        if target not in allowed:
+            raise ConfigError(f"model.lora_targets: {unknown('name', target, allowed)}")
+    if not targets:
+        raise ConfigError("model.lora_targets: the list is empty (allowed: 'all' or at least one name)")
+    return tuple(
+        linear
+        for linear in linears
+        if in_block[linear.name] in targets or in_block[linear.name].rsplit(".", 1)[-1] in targets
     )
 
 

@@ -6,7 +6,7 @@ says how many components there are. PEFT's layers do the forward pass; here thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -16,15 +16,14 @@ from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from fedsim.errors import ConfigError, unknown
+from fedsim.errors import ConfigError
 from fedsim.learn.adapter import Adapter, Factors
 from fedsim.learn.backbone import Backbone
-from fedsim.learn.linears import PrunableLinear, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.linears import Targets, kept_columns, kept_rows, prunable_linears, target_linears
 from fedsim.learn.slicing import apply_structure, check_structure, take
 from fedsim.rng import Stream, generator
 from fedsim.structure import ModelShape, Structure
 
-Targets = Literal["all"] | Sequence[str]
 _ADAPTER = "default"
 
 
@@ -43,32 +42,6 @@ class Replacement:
     new: nn.Parameter
     axis: int
     indices: NDArray[np.int64]
-
-
-def target_linears(shape: ModelShape, targets: Targets) -> tuple[PrunableLinear, ...]:
-    """The Linears that carry LoRA, in block order.
-
-    Args:
-        targets: ``all``, or names: a path inside the block (``attention.output.dense``, ``output.dense``: never more
-            than that one), or a module's last name (``query``, ``q_proj``, ``dense``: all that are called so).
-    Raises:
-        ConfigError: no prunable Linear is called so.
-    """
-    linears = prunable_linears(shape)
-    if targets == "all":
-        return linears
-    in_block = {linear.name: linear.name.split(f".{linear.layer}.", 1)[1] for linear in linears}
-    allowed = {*in_block.values(), *(path.rsplit(".", 1)[-1] for path in in_block.values())}
-    for target in targets:
-        if target not in allowed:
-            raise ConfigError(f"model.lora_targets: {unknown('name', target, allowed)}")
-    if not targets:
-        raise ConfigError("model.lora_targets: the list is empty (allowed: 'all' or at least one name)")
-    return tuple(
-        linear
-        for linear in linears
-        if in_block[linear.name] in targets or in_block[linear.name].rsplit(".", 1)[-1] in targets
-    )
 
 
 class LoraModel:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedsim.cost import workload
 from fedsim.cost.shapes import load_shape
-from fedsim.cost.workload import StepSetting, importance_work, kept_sums, slicing_work, step_work
+from fedsim.cost.workload import StepSetting, importance_work, kept_sums, linear_roles, slicing_work, step_work
 from fedsim.errors import ConfigError
 from fedsim.structure import ModelShape
 
@@ -17,17 +17,21 @@ LLAMA = ModelShape("gqa", "llama", 3, 48, 6, 2, 8, 100, vocab=50, positions=0, l
 ROBERTA = ModelShape("rob", "roberta", 4, 32, 4, 4, 8, 64, vocab=60, positions=20, labels=2, pooler_width=32)
 
 
+ROLES = frozenset({"query", "key", "value", "attention_out", "gate", "up", "down"})
+
+
 def layer_products(shape, heads, channels, batch, length):
-    """One layer's products as (rows, inner, columns, kind), kinds qkv, out, ffn, score; widths really kept."""
+    """One layer's products as (rows, inner, columns, role), role None for scores; widths really kept."""
     tokens, groups = batch * length, round(heads * shape.kv_heads)
     queries = groups * (shape.heads // shape.kv_heads)
     width, key_width, ffn = queries * shape.head_dim, groups * shape.head_dim, round(channels * shape.ffn)
-    products = [(tokens, shape.hidden, width, "qkv")] + 2 * [(tokens, shape.hidden, key_width, "qkv")]
+    products = [(tokens, shape.hidden, width, "query")]
+    products += [(tokens, shape.hidden, key_width, role) for role in ("key", "value")]
     for _ in range(batch * queries):
-        products += [(length, shape.head_dim, length, "score"), (length, length, shape.head_dim, "score")]
-    products.append((tokens, width, shape.hidden, "out"))
-    products += (2 if shape.gated else 1) * [(tokens, shape.hidden, ffn, "ffn")]
-    products.append((tokens, ffn, shape.hidden, "ffn"))
+        products += [(length, shape.head_dim, length, None), (length, length, shape.head_dim, None)]
+    products.append((tokens, width, shape.hidden, "attention_out"))
+    products += [(tokens, shape.hidden, ffn, role) for role in (("gate", "up") if shape.gated else ("up",))]
+    products.append((tokens, ffn, shape.hidden, "down"))
     return products
 
 
@@ -40,15 +44,15 @@ def slow_flops(shape, heads, channels, rank, setting):
     lowest = shape.layers - trained
     total = 0
     for layer in range(shape.layers):
-        for m, k, n, kind in layer_products(shape, heads[layer], channels[layer], setting.batch_size, setting.seq_len):
+        for m, k, n, role in layer_products(shape, heads[layer], channels[layer], setting.batch_size, setting.seq_len):
             once = 2 * m * k * n
             total += once
             if layer < lowest or setting.tuning == "inference":
                 continue
-            input_gradient = not (layer == lowest and kind == "qkv" and not embeddings)
-            weight_gradient = kind == "score" or setting.tuning == "full"
+            input_gradient = not (layer == lowest and role in ("query", "key", "value") and not embeddings)
+            weight_gradient = role is None or setting.tuning == "full"
             total += once * (input_gradient + weight_gradient)
-            if setting.tuning == "lora" and kind != "score":
+            if setting.tuning == "lora" and role in (setting.lora_roles or ROLES):
                 down, up = 2 * m * k * rank, 2 * m * rank * n
                 total += 3 * (down + up)
     classifier = 2 * setting.batch_size * shape.head_weights
@@ -61,7 +65,8 @@ def test_flops_equal_a_slow_sum_over_products(data):
     shape = data.draw(st.sampled_from([LLAMA, ROBERTA]))
     tuning = data.draw(st.sampled_from(["lora", "full", "inference"]))
     top = data.draw(st.none() | st.integers(0, shape.layers))
-    setting = StepSetting(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9)), "fp32", tuning, top)
+    roles = data.draw(st.none() | st.sets(st.sampled_from(sorted(linear_roles(shape))), min_size=1).map(frozenset))
+    setting = StepSetting(data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9)), "fp32", tuning, top, roles)
     groups = data.draw(st.lists(st.integers(1, shape.kv_heads), min_size=shape.layers, max_size=shape.layers))
     kept = data.draw(st.lists(st.integers(1, shape.ffn), min_size=shape.layers, max_size=shape.layers))
     rank = data.draw(st.integers(1, 8))
@@ -165,6 +170,8 @@ def test_importance_and_slicing_are_work():
         ((1, 8, "int4"), "precision is 'int4'"),
         ((1, 8, "fp32", "adapter"), "tuning is 'adapter'"),
         ((1, 8, "fp32", "full", -1), "train_top_layers is -1"),
+        ((1, 8, "fp32", "lora", None, frozenset()), "lora_roles is empty; it must name at least one of attention_out"),
+        ((1, 8, "fp32", "lora", None, frozenset({"quary"})), "lora_roles: unknown role 'quary'; did you mean 'query'"),
     ],
 )
 def test_bad_setting_is_named(arguments, said):
