@@ -207,8 +207,8 @@ def _check(config: Config, method: Method) -> None:
         )
     if method.prunes and prune.structure == "common" and config.prune_warmup_rounds < 1:
         raise ConfigError(
-            "prune.warmup_rounds: value 0 is not allowed with prune.structure common (at least 1: the averaged importance "
-            "that draws the common mask comes from rounds before the first cut)"
+            "prune.warmup_rounds: value 0 is not allowed with prune.structure common (at least 1: the averaged "
+            "importance that draws the common mask comes from rounds before the first cut)"
         )
     if method.prunes and prune.target_scope == "fleet_mean" and prune.max_ratio < prune.target:
         raise ConfigError(

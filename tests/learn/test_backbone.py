@@ -212,3 +212,15 @@ def test_minilm():
     backbone = load("minilm", "mean", labels=2)
     assert backbone.weights_sha256 == MINILM_SHA256
     assert replace(backbone.shape, name="", vocab=0).prunable_weights == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])
+def test_padding_is_masked_as_the_encoder_itself_would(make_backbone, padded_batch, architecture, attention):
+    """The ready floating mask gives what the encoder makes of the two-dimensional one."""
+    backbone = make_backbone(architecture, attention=attention, pooling="mean")
+    with torch.no_grad():
+        hidden = backbone.encoder(**padded_batch).last_hidden_state
+        weights = padded_batch["attention_mask"].to(hidden.dtype).unsqueeze(-1)
+        expected = backbone.model.head((hidden * weights).sum(dim=1) / weights.sum(dim=1))
+        torch.testing.assert_close(backbone.model(**padded_batch), expected, rtol=1e-10, atol=1e-12)
