@@ -97,6 +97,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
             "sha256": corpus_hash(corpus),
             "train": len(corpus.train.labels),
             "test": len(corpus.test.labels),
+            "label_names": list(corpus.label_names),
         }
     policy = make_policy(
         config.control,

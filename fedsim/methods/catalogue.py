@@ -29,8 +29,10 @@ def register_method(name: str, method: Method) -> None:
     """Make a user's own method usable by name, without editing the package.
 
     Raises:
-        ConfigError: the name is taken.
+        ConfigError: the name is taken, or `method` is no `Method` of that name.
     """
     if name in METHODS:
         raise ConfigError(f"method '{name}' exists already; register yours under another name")
+    if not isinstance(method, Method) or method.name != name:
+        raise ConfigError(f"register_method: '{name}' needs a fedsim.Method whose name is '{name}', not {method!r}")
     METHODS[name] = method

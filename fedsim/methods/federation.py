@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from fedsim.control.policies import recentre
 from fedsim.control.reward import RewardModel
 from fedsim.control.schedule import default_step_max, feasible_bounds, ratio_cap
+from fedsim.errors import ConfigError
 from fedsim.methods.base import Method
 from fedsim.settings import Config
 from fedsim.specs import (
+    Arms,
     Ask,
     Evaluation,
     Feedback,
@@ -44,6 +46,9 @@ from fedsim.specs import (
     Ticket,
     Work,
 )
+
+_RATIO_SLACK = 1e-6
+"""Rounding that a policy's bisections may leave; what is beyond a bound by less is clipped."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Federation:
         parts, before = self._parts, self._asked[clients]
         context = self._context(round_index, clients, before)
         arms = parts.policy.select(context)
+        _check_arms(parts.config, context, arms)
         ratio = np.clip(arms.ratio, context.ratio_low, context.ratio_high)
         work = parts.ask.work(before, ratio, arms.rank)
         plan = RoundPlan(round_index, clients, before, ratio, arms.rank, work)
@@ -293,6 +299,29 @@ def _step_max(parts: Parts) -> float:
         clients=parts.clients,
         participants_per_round=parts.participants,
     )
+
+
+def _check_arms(config: Config, context: RoundContext, arms: Arms) -> None:
+    """Refuse what a policy may not choose: a user's own may be wrong, and the clock would run on with nonsense."""
+    name, count = config.control.policy, len(context.clients)
+    if arms.ratio.shape != (count,) or arms.rank.shape != (count,):
+        raise ConfigError(
+            f"control.policy '{name}' chose ratios of shape {arms.ratio.shape} and ranks of shape {arms.rank.shape} in "
+            f"round {context.round_index}; ({count},) each is needed"
+        )
+    within = (arms.ratio >= context.ratio_low - _RATIO_SLACK) & (arms.ratio <= context.ratio_high + _RATIO_SLACK)
+    highest = config.model.lora_rank_max
+    offered = (arms.rank >= 1) & (arms.rank <= highest)
+    for good, what, allowed in (
+        (within, arms.ratio, "within context.ratio_low and ratio_high"),
+        (offered, arms.rank, f"a rank of 1 to {highest}"),
+    ):
+        if not good.all():  # False for NaN, too
+            place = int(np.argmin(good))
+            raise ConfigError(
+                f"control.policy '{name}' chose {what[place]} for client {context.clients[place]} in round "
+                f"{context.round_index}; it must be {allowed}"
+            )
 
 
 def _column(clients: IntArray, results: dict[int, LocalResult], field: str) -> FloatArray:

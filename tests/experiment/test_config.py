@@ -178,3 +178,10 @@ def test_labels_say_what_is_reconstruction():
     assert METHODS["fedspine"].labels == ("reconstruction",)
     assert METHODS["fedlora"].labels == ()
     assert all(name == method.name for name, method in METHODS.items())
+
+
+def test_only_a_method_of_that_name_can_be_registered():
+    with pytest.raises(ConfigError, match="needs a fedsim.Method"):
+        register_method("wrong", "a string")
+    with pytest.raises(ConfigError, match="whose name is 'other'"):
+        register_method("other", Method("mine", "a test", (), prunes=False, defaults={}))

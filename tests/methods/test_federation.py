@@ -10,11 +10,12 @@ from fedsim.control.reward import RewardModel
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting
+from fedsim.errors import ConfigError
 from fedsim.experiment.config import build_config
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.federation import Federation, Parts
 from fedsim.methods.timing import TimingLearner
-from fedsim.specs import Evaluation, Outcome, RoundReport
+from fedsim.specs import Arms, Evaluation, Outcome, RoundReport
 from fedsim.structure import achieved_ratio, kept_counts
 
 SHAPE = load_shape("roberta-base")
@@ -217,3 +218,24 @@ def test_global_selection_counts_the_groups_that_were_really_kept():
     learned = federation.close_round(report(plan, outcomes))
     assert learner.aggregated == [[1, 2, 3, 4, 5]]
     assert learned.ratio[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rank", "words"),
+    [
+        (2.0, 4, r"'uniform' chose 2.0 for client 0 in round 4; it must be within"),
+        (float("nan"), 4, "chose nan for client 0"),
+        (0.0, 0, "chose 0 for client 0 in round 4; it must be a rank of 1 to 32"),
+        (0.0, 64, "chose 64"),
+    ],
+)
+def test_a_policy_that_breaks_its_bounds_is_named(ratio, rank, words):
+    federation, _ = make()
+
+    class Wrong:
+        def select(self, context):
+            return Arms(np.full(6, ratio), np.full(6, rank))
+
+    object.__setattr__(federation._parts, "policy", Wrong())
+    with pytest.raises(ConfigError, match=words):
+        federation.open_round(4, np.arange(6))
