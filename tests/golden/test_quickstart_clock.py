@@ -1,7 +1,7 @@
 """Golden values of the simulated clock: a change of them is a change of every result, and needs a reason.
 
-Made by ``{method: (run.manifest["simulated_s"], run.rounds["idle_fraction"].mean(), run.rounds["energy_j"].sum())}`` over
-``run = fedsim.run("quickstart", method=method, out=..., **OVERRIDES)``.
+Made by ``run = fedsim.run("quickstart", method=method, out=..., **OVERRIDES)`` and
+``(run.manifest["simulated_s"], run.rounds["idle_fraction"].mean(), run.rounds["energy_j"].sum())``.
 """
 
 from __future__ import annotations
