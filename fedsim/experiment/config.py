@@ -46,7 +46,7 @@ def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> Tree:
                 f"key '{key}' stands twice (line {key_node.start_mark.line + 1}); each key is allowed once"
             )
         seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+    return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
