@@ -155,6 +155,10 @@ class Structure:
         """The groups that both keep."""
         return Structure(self.head_mask & other.head_mask, self.channel_mask & other.channel_mask)
 
+    def joined(self, other: Structure) -> Structure:
+        """The groups that either keeps."""
+        return Structure(self.head_mask | other.head_mask, self.channel_mask | other.channel_mask)
+
     def same_as(self, other: Structure) -> bool:
         """Whether both keep the same groups."""
         return np.array_equal(self.head_mask, other.head_mask) and np.array_equal(self.channel_mask, other.channel_mask)

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedsim.errors import RunError
 from fedsim.experiment.rundir import PARTS, replacing, sync_folder, writing
 from fedsim.settings import RecordSettings
+from fedsim.sim.accounting import client_seconds, idle_fraction
 from fedsim.specs import FloatArray, Outcome, RoundLearning, RoundPlan, RoundReport
 
 ROW_GROUP = 65_536
@@ -143,11 +144,7 @@ def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearn
             "prune_ratio": learning.ratio,
             "prune_ratio_target": plan.ratio_target,
             "lora_rank": plan.rank,
-            "wait_s": report.download_start_s - report.start_s,
-            "download_s": report.download_end_s - report.download_start_s,
-            "compute_s": report.compute_end_s - report.download_end_s,
-            "upload_s": report.upload_end_s - report.compute_end_s,
-            "idle_s": report.end_s - report.upload_end_s,
+            **client_seconds(report),
             "bytes_down": report.bytes_down,
             "bytes_up": report.bytes_up,
             "energy_j": report.energy_joules,
@@ -171,14 +168,12 @@ def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, hos
     _check_clocks(plan, report)
     duration_s = report.end_s - report.start_s
     participants = len(plan.clients)
-    client_s = participants * duration_s
-    idle_s = float(np.sum(report.end_s - report.upload_end_s))
     values: dict[str, float | int | None] = {
         "round": plan.round_index,
         "start_s": report.start_s,
         "end_s": report.end_s,
         "duration_s": duration_s,
-        "idle_fraction": idle_s / client_s if client_s > 0 else None,
+        "idle_fraction": idle_fraction(report) if participants * duration_s > 0 else None,
         "participants": participants,
         "dropped": sum(outcome != Outcome.OK for outcome in learning.outcome),
         "bytes_down": float(np.sum(report.bytes_down)),

@@ -219,9 +219,3 @@ def find_criterion(name: str) -> Criterion:
     if name not in CRITERIA:
         raise ConfigError(f"prune.criterion: {unknown('value', name, CRITERIA)}")
     return CRITERIA[name]
-
-
-def static_scores(name: str, backbone: Backbone, seed: int, client: int) -> GroupScores | None:
-    """Scores of a static criterion; None where the criterion needs gradients."""
-    static = find_criterion(name).static
-    return None if static is None else static(backbone, seed, client)

@@ -83,7 +83,7 @@ class LoraLearner:
         if request.prune and self._is_common:
             mask = self._common_mask(request.ratio_target)
             if self._parts.config.prune.reversible:
-                start = Structure(start.head_mask | mask.head_mask, start.channel_mask | mask.channel_mask)
+                start = start.joined(mask)
         elif request.prune:
             start = self._dispatched(client, start, request.ratio_target)
         self._next_ticket += 1
@@ -220,7 +220,7 @@ class LoraLearner:
         if prune.selection == "layer_local":
             return grow(self._ranking(client), structure, shape, ratio)
         best = select(self._ranking(client), Structure.full(shape), shape, ratio, prune.selection)
-        return Structure(structure.head_mask | best.head_mask, structure.channel_mask | best.channel_mask)
+        return structure.joined(best)
 
     def _guide(self, client: int) -> GroupScores | None:
         """Scores of a static criterion, which take the place of a client's own average; else None."""

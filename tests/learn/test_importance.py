@@ -17,7 +17,6 @@ from fedsim.learn.importance import (
     magnitude,
     random_scores,
     smooth,
-    static_scores,
 )
 from fedsim.learn.linears import Role, group_width, kept_columns, kept_rows, prunable_linears
 from fedsim.learn.lora import LoraModel, initial_adapter, restrict
@@ -215,9 +214,10 @@ def test_random_scores_belong_to_a_client(make_backbone):
 
 def test_criteria_by_name(make_backbone):
     backbone = make_backbone("bert")
-    assert static_scores("lora_guided", backbone, 0, 1) is None
-    assert np.array_equal(static_scores("magnitude", backbone, 0, 1).heads, magnitude(backbone).heads)
-    assert np.array_equal(static_scores("random", backbone, 3, 1).heads, random_scores(backbone.shape, 3, 1).heads)
+    assert find_criterion("lora_guided").static is None
+    by_magnitude, by_chance = find_criterion("magnitude").static, find_criterion("random").static
+    assert np.array_equal(by_magnitude(backbone, 0, 1).heads, magnitude(backbone).heads)
+    assert np.array_equal(by_chance(backbone, 3, 1).heads, random_scores(backbone.shape, 3, 1).heads)
     with pytest.raises(ConfigError, match=r"prune\.criterion: unknown value 'magnitud'; did you mean 'magnitude'"):
         find_criterion("magnitud")
     for criterion in CRITERIA.values():
