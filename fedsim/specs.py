@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -24,14 +24,23 @@ State = Mapping[str, np.ndarray]
 """What a part writes into a checkpoint: named arrays, no objects."""
 
 
-class Outcome(StrEnum):
-    """How a dispatched client's round ended."""
+class Outcome(IntEnum):
+    """How a dispatched client's round ended: a code in arrays, a `label` in the records. Only add."""
 
-    OK = "ok"
-    LATE = "late"
-    DROPPED = "dropped"
-    OUT_OF_MEMORY = "out_of_memory"
-    NON_FINITE = "non_finite"
+    OK = 0
+    LATE = 1
+    DROPPED = 2
+    OUT_OF_MEMORY = 3
+    NON_FINITE = 4
+
+    @property
+    def label(self) -> str:
+        """Its name in the records."""
+        return self.name.lower()
+
+
+OUTCOME_LABELS = tuple(outcome.label for outcome in Outcome)
+"""Labels by code."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +180,8 @@ class RoundReport:
 
     Each phase has its own timestamps (seconds of simulated time, cut at `end_s`):
     ``start_s <= download_start_s <= download_end_s <= compute_end_s <= upload_end_s <= end_s``.
-    Bytes and energy are those really spent, also by work that the close of the round cut short.
+    Bytes and energy are those really spent, also by work that the close of the round cut short. `outcome` holds codes
+    of `Outcome`.
     """
 
     round_index: int
@@ -187,7 +197,7 @@ class RoundReport:
     bytes_down: FloatArray
     bytes_up: FloatArray
     energy_joules: FloatArray
-    outcome: tuple[Outcome, ...]
+    outcome: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +206,7 @@ class RoundLearning:
 
     Attributes:
         ratio: achieved cumulative pruning ratio.
-        outcome: the report's, with ``non_finite`` where training failed.
+        outcome: codes of `Outcome`: the report's, with ``NON_FINITE`` where training failed.
         accuracy, loss, accuracy_consensus: of the new global model; None in rounds without evaluation.
     """
 
@@ -204,7 +214,7 @@ class RoundLearning:
     loss_before: FloatArray
     loss_after: FloatArray
     reward: FloatArray
-    outcome: tuple[Outcome, ...]
+    outcome: IntArray
     accuracy: float | None
     loss: float | None
     accuracy_consensus: float | None
@@ -240,28 +250,81 @@ class LocalRequest:
 
 
 @dataclass(frozen=True, eq=False)
-class LocalResult:
-    """What one local job brought, as far as the server's control may see it.
+class LocalRequests:
+    """The local jobs of one round's participants, in columns: `LocalRequest` of all of them.
+
+    Attributes:
+        clients, ratio_target, rank: shape (P,); the other fields are the same for all.
+    """
+
+    round_index: int
+    clients: IntArray
+    ratio_target: FloatArray
+    rank: IntArray
+    prune: bool
+    local_steps: int
+    recovery_steps: int
+    learning_rate: float
+
+    def singles(self) -> list[LocalRequest]:
+        """One record per client, for a learner that goes client by client."""
+        return [
+            LocalRequest(
+                client=client,
+                round_index=self.round_index,
+                ratio_target=ratio,
+                prune=self.prune,
+                rank=rank,
+                local_steps=self.local_steps,
+                recovery_steps=self.recovery_steps,
+                learning_rate=self.learning_rate,
+            )
+            for client, ratio, rank in zip(
+                self.clients.tolist(), self.ratio_target.tolist(), self.rank.tolist(), strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResults:
+    """What local jobs brought, as far as the server's control may see it. Shape (P,), in the order of the tickets.
 
     Attributes:
         ratio: achieved cumulative pruning ratio.
         loss_before, loss_after: on the client's fixed probe batch, before and after the job.
         lora_importance: mean of |B * grad B| over the client's LoRA.
-        outcome: ``ok`` or ``non_finite``.
-        kept_before, kept_after: kept head groups and channels per layer (two integer arrays of shape (layers,)) at the
-            job's start and end: what the job really cost where layers lose unequal shares (``global`` selection).
-        payload: the learner's own record of the update; opaque here.
+        outcome: codes of `Outcome`: ``OK`` or ``NON_FINITE``.
+        kept_before, kept_after: kept head groups and channels per layer (two integer arrays of shape (P, layers)) at
+            the job's start and end: what it really cost where layers lose unequal shares (``global`` selection).
+        payload: the learner's own record of each update, opaque here; None where it has none.
     """
 
-    client: int
-    ratio: float
-    loss_before: float
-    loss_after: float
-    lora_importance: float
-    outcome: Outcome
+    clients: IntArray
+    ratio: FloatArray
+    loss_before: FloatArray
+    loss_after: FloatArray
+    lora_importance: FloatArray
+    outcome: IntArray
     kept_before: KeptCounts
     kept_after: KeptCounts
-    payload: object
+    payload: Sequence[object] | None
+
+    def take(self, mask: NDArray[np.bool_]) -> LocalResults:
+        """The results where `mask`, shape (P,), is true; itself where that is everywhere."""
+        if mask.all():
+            return self
+        payload = self.payload
+        return LocalResults(
+            clients=self.clients[mask],
+            ratio=self.ratio[mask],
+            loss_before=self.loss_before[mask],
+            loss_after=self.loss_after[mask],
+            lora_importance=self.lora_importance[mask],
+            outcome=self.outcome[mask],
+            kept_before=(self.kept_before[0][mask], self.kept_before[1][mask]),
+            kept_after=(self.kept_after[0][mask], self.kept_after[1][mask]),
+            payload=None if payload is None else [payload[place] for place in np.flatnonzero(mask).tolist()],
+        )
 
 
 @dataclass(frozen=True)
@@ -273,22 +336,30 @@ class Evaluation:
     accuracy_consensus: float
 
 
-Ticket = int
-
-
 class Learner(Protocol):
-    """The learning side, as a strategy sees it. State (global adapter, each client's structure) stays inside."""
+    """The learning side, as a strategy sees it. State (global adapter, each client's structure) stays inside.
 
-    def submit(self, request: LocalRequest) -> Ticket:
-        """Freeze a job against the present state; nothing is trained yet."""
+    Jobs go in columns: a ticket is a positive integer, and tickets of any submissions may be read together, each once.
+    """
 
-    def result(self, ticket: Ticket) -> LocalResult:
-        """The job's result; everything pending may be trained now, as one cohort."""
+    def submit(self, requests: LocalRequests) -> IntArray:
+        """Freeze jobs against the present state; nothing is trained yet. Returns their tickets, shape (P,)."""
 
-    def discard(self, ticket: Ticket) -> None:
-        """Forget a job whose result nobody will read: it is never trained."""
+    def result(self, tickets: IntArray) -> LocalResults:
+        """The jobs' results, in the order of `tickets`; everything pending may be trained now, as one cohort.
 
-    def aggregate(self, results: Sequence[LocalResult]) -> None:
+        Raises:
+            KeyError: a ticket that was discarded, read already or never given.
+        """
+
+    def discard(self, tickets: IntArray) -> None:
+        """Forget jobs whose results nobody will read: they are never trained.
+
+        Raises:
+            KeyError: as `result`.
+        """
+
+    def aggregate(self, results: LocalResults) -> None:
         """Merge updates into a new global state and keep each client's new structure. Empty: no change."""
 
     def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:

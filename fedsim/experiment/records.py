@@ -24,7 +24,7 @@ from fedsim.errors import RunError
 from fedsim.experiment.rundir import PARTS, replacing, sync_folder, writing
 from fedsim.settings import RecordSettings
 from fedsim.sim.accounting import client_seconds, idle_fraction
-from fedsim.specs import FloatArray, Outcome, RoundLearning, RoundPlan, RoundReport
+from fedsim.specs import OUTCOME_LABELS, FloatArray, Outcome, RoundLearning, RoundPlan, RoundReport
 
 ROW_GROUP = 65_536
 """Rows of a row group in a joined file."""
@@ -78,7 +78,7 @@ CLIENT_ROUNDS = (
     Column("bytes_up", "float64", "bytes", "sent, also by work cut short"),
     Column("energy_j", "float64", "J", "spent from the opening to the close of the round"),
     Column("peak_memory_bytes", "float64", "bytes", "highest memory use that the job asks for"),
-    Column("outcome", "string", "", f"one of {', '.join(Outcome)}"),
+    Column("outcome", "string", "", f"one of {', '.join(OUTCOME_LABELS)}"),
     Column("loss_before", "float64", "", "loss on the client's fixed probe batch before the job; null if not trained"),
     Column("loss_after", "float64", "", "the same after the job; null if not trained"),
     Column("reward", "float64", "", "the bandit's reward, in [0, 1]; null if nothing arrived"),
@@ -149,7 +149,7 @@ def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearn
             "bytes_up": report.bytes_up,
             "energy_j": report.energy_joules,
             "peak_memory_bytes": np.broadcast_to(plan.work.peak_memory_bytes, plan.clients.shape),
-            "outcome": [str(outcome) for outcome in learning.outcome],
+            "outcome": np.array(OUTCOME_LABELS)[learning.outcome],
             "loss_before": learning.loss_before,
             "loss_after": learning.loss_after,
             "reward": learning.reward,
@@ -175,7 +175,7 @@ def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, hos
         "duration_s": duration_s,
         "idle_fraction": idle_fraction(report) if participants * duration_s > 0 else None,
         "participants": participants,
-        "dropped": sum(outcome != Outcome.OK for outcome in learning.outcome),
+        "dropped": int(np.count_nonzero(learning.outcome != Outcome.OK)),
         "bytes_down": float(np.sum(report.bytes_down)),
         "bytes_up": float(np.sum(report.bytes_up)),
         "energy_j": float(np.sum(report.energy_joules)),

@@ -31,7 +31,17 @@ from fedsim.learn.peft_folder import write_peft_folder
 from fedsim.learn.selection import grow, select
 from fedsim.learn.train import ClientData, Job, ReferenceTrainer, Trainer, TrainRule, Update
 from fedsim.settings import Config
-from fedsim.specs import Evaluation, FloatArray, IntArray, LocalRequest, LocalResult, Outcome, State, Ticket
+from fedsim.specs import (
+    Evaluation,
+    FloatArray,
+    IntArray,
+    KeptCounts,
+    LocalRequest,
+    LocalRequests,
+    LocalResults,
+    Outcome,
+    State,
+)
 from fedsim.structure import Structure
 
 EVALUATION_BATCH = 64
@@ -60,8 +70,8 @@ class LoraLearner:
         self._static: dict[int, GroupScores] = {}
         self._fleet: GroupScores | None = None  # the mean of _scores; None when it must be taken anew
         self._common = Structure.full(parts.backbone.shape)  # what every device keeps so far (common structure)
-        self._pending: dict[Ticket, Job] = {}
-        self._trained: dict[Ticket, LocalResult] = {}
+        self._pending: dict[int, Job] = {}  # by ticket, in the order of dispatch
+        self._trained: dict[int, tuple[Job, Update]] = {}
         self._next_ticket = 0
 
     @property
@@ -76,8 +86,31 @@ class LoraLearner:
 
     # -- submit and result ------------------------------------------------------------------------------------------
 
-    def submit(self, request: LocalRequest) -> Ticket:
-        """Freeze the job against the present adapter, structure and scores."""
+    def submit(self, requests: LocalRequests) -> IntArray:
+        """Freeze the jobs against the present adapter, structures and scores."""
+        first = self._next_ticket + 1
+        for request in requests.singles():
+            self._next_ticket += 1
+            self._pending[self._next_ticket] = self._freeze(request)
+        return np.arange(first, self._next_ticket + 1, dtype=np.int64)
+
+    def result(self, tickets: IntArray) -> LocalResults:
+        """Train everything pending as one cohort, and return the results of `tickets`."""
+        wanted = tickets.tolist()
+        if any(ticket not in self._trained for ticket in wanted):
+            waiting, jobs = list(self._pending), list(self._pending.values())
+            self._pending.clear()
+            updates = self._parts.trainer.train(jobs)
+            self._trained.update(zip(waiting, zip(jobs, updates, strict=True), strict=True))
+        return self._as_results([self._trained.pop(ticket) for ticket in wanted])
+
+    def discard(self, tickets: IntArray) -> None:
+        """Forget jobs; those that have not been trained yet never are."""
+        for ticket in tickets.tolist():
+            if self._pending.pop(ticket, None) is None:
+                del self._trained[ticket]
+
+    def _freeze(self, request: LocalRequest) -> Job:
         client = request.client
         start, mask = self._structure(client), None
         if request.prune and self._is_common:
@@ -86,52 +119,43 @@ class LoraLearner:
                 start = start.joined(mask)
         elif request.prune:
             start = self._dispatched(client, start, request.ratio_target)
-        self._next_ticket += 1
-        self._pending[self._next_ticket] = Job(
-            request, self._adapter, start, self._scores.get(client), self._guide(client), mask
-        )
-        return self._next_ticket
+        return Job(request, self._adapter, start, self._scores.get(client), self._guide(client), mask)
 
-    def result(self, ticket: Ticket) -> LocalResult:
-        """Train everything pending as one cohort, and return this ticket's result."""
-        if ticket not in self._trained:
-            tickets, jobs = list(self._pending), list(self._pending.values())
-            self._pending.clear()
-            for done, job, update in zip(tickets, jobs, self._parts.trainer.train(jobs), strict=True):
-                self._trained[done] = self._as_result(job, update)
-        return self._trained.pop(ticket)
+    def _as_results(self, done: Sequence[tuple[Job, Update]]) -> LocalResults:
+        shape = self._parts.backbone.shape
+        updates = [update for _, update in done]
+        starts, ends = [job.start for job, _ in done], [update.structure for update in updates]
 
-    def discard(self, ticket: Ticket) -> None:
-        """Forget a job; if it has not been trained yet it never is."""
-        if self._pending.pop(ticket, None) is None:
-            del self._trained[ticket]
+        def kept(structures: Sequence[Structure]) -> KeptCounts:
+            counts = np.array([(one.heads_kept, one.channels_kept) for one in structures], dtype=np.int64)
+            heads, channels = counts.reshape(len(structures), 2, shape.layers).swapaxes(0, 1)
+            return heads, channels
 
-    def _as_result(self, job: Job, update: Update) -> LocalResult:
-        return LocalResult(
-            client=job.request.client,
-            ratio=update.structure.ratio(self._parts.backbone.shape),
-            loss_before=update.loss_before,
-            loss_after=update.loss_after,
-            lora_importance=update.lora_importance,
-            outcome=update.outcome,
-            kept_before=(job.start.heads_kept, job.start.channels_kept),
-            kept_after=(update.structure.heads_kept, update.structure.channels_kept),
-            payload=update,
+        return LocalResults(
+            clients=np.array([job.request.client for job, _ in done], dtype=np.int64),
+            ratio=np.array([structure.ratio(shape) for structure in ends]),
+            loss_before=np.array([update.loss_before for update in updates]),
+            loss_after=np.array([update.loss_after for update in updates]),
+            lora_importance=np.array([update.lora_importance for update in updates]),
+            outcome=np.array([update.outcome for update in updates], dtype=np.int64),
+            kept_before=kept(starts),
+            kept_after=kept(ends),
+            payload=updates,
         )
 
     # -- the server's side ------------------------------------------------------------------------------------------
 
-    def aggregate(self, results: Sequence[LocalResult]) -> None:
+    def aggregate(self, results: LocalResults) -> None:
         """Merge the updates; keep each client's new structure and scores."""
         contributions = []
-        for result in results:
-            update = result.payload
-            if not isinstance(update, Update) or result.outcome != Outcome.OK:
-                raise ValueError(f"client {result.client} has no usable update to aggregate")
-            self._structures[result.client] = update.structure
+        payload = results.payload or [None] * len(results.clients)
+        for client, outcome, update in zip(results.clients.tolist(), results.outcome.tolist(), payload, strict=True):
+            if not isinstance(update, Update) or outcome != Outcome.OK:
+                raise ValueError(f"client {client} has no usable update to aggregate")
+            self._structures[client] = update.structure
             self._common = self._common.within(update.structure)
             if update.scores is not None:
-                self._scores[result.client] = update.scores
+                self._scores[client] = update.scores
             contributions.append(Contribution(update.adapter, update.structure, update.samples, update.lora_importance))
         if contributions:
             self._fleet = None

@@ -34,8 +34,8 @@ from fedsim.specs import (
     FloatArray,
     IntArray,
     Learner,
-    LocalRequest,
-    LocalResult,
+    LocalRequests,
+    LocalResults,
     Outcome,
     Policy,
     RoundContext,
@@ -43,8 +43,6 @@ from fedsim.specs import (
     RoundPlan,
     RoundReport,
     State,
-    Ticket,
-    Work,
 )
 
 _RATIO_SLACK = 1e-6
@@ -83,8 +81,8 @@ class Federation:
         # Two views of pruning: what was asked (the arm, which policies reason about) and what whole heads allow.
         self._asked = np.zeros(parts.clients)
         self._achieved = np.zeros(parts.clients)
-        self._tickets: dict[int, Ticket] = {}
-        self._results: dict[int, LocalResult] = {}  # trained before the clock needed them (global selection)
+        self._tickets: IntArray | None = None
+        self._results: LocalResults | None = None  # trained before the clock needed them (global selection)
         self._plan: RoundPlan | None = None
         self._step_max = _step_max(parts)
 
@@ -101,26 +99,23 @@ class Federation:
         plan = RoundPlan(round_index, clients, before, ratio, arms.rank, work)
         rate = self._learning_rate(round_index)
         prune = parts.method.prunes and round_index >= parts.config.prune_warmup_rounds
-        tickets = {
-            int(client): parts.learner.submit(
-                LocalRequest(
-                    client=int(client),
-                    round_index=round_index,
-                    ratio_target=float(target),
-                    prune=prune,
-                    rank=int(rank),
-                    local_steps=parts.config.train.local_steps,
-                    recovery_steps=parts.config.local_recovery_steps if parts.method.prunes else 0,
-                    learning_rate=rate,
-                )
+        self._tickets = parts.learner.submit(
+            LocalRequests(
+                round_index=round_index,
+                clients=clients,
+                ratio_target=ratio,
+                rank=arms.rank,
+                prune=prune,
+                local_steps=parts.config.train.local_steps,
+                recovery_steps=parts.config.local_recovery_steps if parts.method.prunes else 0,
+                learning_rate=rate,
             )
-            for client, target, rank in zip(clients, ratio, arms.rank, strict=True)
-        }
+        )
         if prune and parts.config.prune.selection == "global":
-            self._results = {client: parts.learner.result(ticket) for client, ticket in tickets.items()}
-            plan = replace(plan, work=self._measured_work(list(self._results.values()), arms.rank))
-        else:
-            self._tickets = tickets
+            results = parts.learner.result(self._tickets)
+            work = parts.ask.work_of_counts(*results.kept_before, *results.kept_after, arms.rank)
+            plan = replace(plan, work=work)
+            self._tickets, self._results = None, results
         self._plan = plan
         return plan
 
@@ -130,24 +125,25 @@ class Federation:
         if plan is None or plan.round_index != report.round_index:
             raise RuntimeError(f"round {report.round_index} was closed without having been opened")
         parts = self._parts
-        arrived = np.array([outcome == Outcome.OK for outcome in report.outcome])
-        results = self._results_of(plan.clients, arrived)
-        good = [result for result in results.values() if result.outcome == Outcome.OK]
+        arrived = report.outcome == Outcome.OK
+        results = self._results_of(arrived)
+        usable = results.outcome == Outcome.OK
+        good = results.take(usable)
         parts.learner.aggregate(good)
-        for result in good:
-            self._achieved[result.client] = result.ratio
-        trained = np.array([int(c) in results and results[int(c)].outcome == Outcome.OK for c in plan.clients])
+        self._achieved[good.clients] = good.ratio
+        trained = np.zeros(len(plan.clients), dtype=bool)
+        trained[arrived] = usable
         self._asked[plan.clients[trained]] = plan.ratio_target[trained]
 
-        loss_before = _column(plan.clients, results, "loss_before")
-        loss_after = _column(plan.clients, results, "loss_after")
+        loss_before = _spread(results.loss_before, arrived)
+        loss_after = _spread(results.loss_after, arrived)
         time_s = np.where(arrived, report.upload_end_s - report.start_s, np.nan)
         reward = parts.reward.compute(
             loss_before=loss_before,
             loss_after=loss_after,
             ratio_before=plan.ratio_before,
             ratio=plan.ratio_target,
-            lora_importance=_column(plan.clients, results, "lora_importance"),
+            lora_importance=_spread(results.lora_importance, arrived),
             time_s=time_s,
             arrived=trained,
             step_max=self._step_max,
@@ -170,10 +166,8 @@ class Federation:
         if last and parts.method.prunes:
             self._final_cut()
         evaluation = self._evaluate(plan.round_index, last)
-        outcome = tuple(
-            results[int(c)].outcome if int(c) in results else o
-            for c, o in zip(plan.clients, report.outcome, strict=True)
-        )
+        outcome = report.outcome.copy()
+        outcome[arrived] = results.outcome
         return RoundLearning(
             ratio=self._achieved[plan.clients],
             loss_before=loss_before,
@@ -215,23 +209,17 @@ class Federation:
     def _stateful(self) -> tuple[tuple[str, Learner | Policy | RewardModel], ...]:
         return (("learner", self._parts.learner), ("policy", self._parts.policy), ("reward", self._parts.reward))
 
-    def _results_of(self, clients: IntArray, arrived: NDArray[np.bool_]) -> dict[int, LocalResult]:
+    def _results_of(self, arrived: NDArray[np.bool_]) -> LocalResults:
         """Results of the clients whose updates arrived; jobs of the others are forgotten, untrained if they can be."""
-        for client in clients[~arrived]:
-            ticket = self._tickets.pop(int(client), None)
-            if ticket is not None:
-                self._parts.learner.discard(ticket)
-        for client, ticket in self._tickets.items():
-            self._results[client] = self._parts.learner.result(ticket)
-        results = {int(client): self._results[int(client)] for client in clients[arrived]}
-        self._tickets, self._results = {}, {}
-        return results
-
-    def _measured_work(self, results: list[LocalResult], rank: IntArray) -> Work:
-        """Work of jobs whose layers lost unequal shares, from the groups they really kept."""
-        heads_start, channels_start = (np.stack([r.kept_before[kind] for r in results]) for kind in (0, 1))
-        heads_end, channels_end = (np.stack([r.kept_after[kind] for r in results]) for kind in (0, 1))
-        return self._parts.ask.work_of_counts(heads_start, channels_start, heads_end, channels_end, rank)
+        tickets, results = self._tickets, self._results
+        self._tickets, self._results = None, None
+        if results is not None:
+            return results.take(arrived)
+        if tickets is None:
+            raise RuntimeError("a round was closed twice")
+        if not arrived.all():
+            self._parts.learner.discard(tickets[~arrived])
+        return self._parts.learner.result(tickets[arrived])
 
     def _context(self, round_index: int, clients: IntArray, before: FloatArray) -> RoundContext:
         config, method = self._parts.config, self._parts.method
@@ -324,6 +312,8 @@ def _check_arms(config: Config, context: RoundContext, arms: Arms) -> None:
             )
 
 
-def _column(clients: IntArray, results: dict[int, LocalResult], field: str) -> FloatArray:
-    """One number per participant, NaN where there is no result."""
-    return np.array([getattr(results[int(c)], field) if int(c) in results else np.nan for c in clients], dtype=float)
+def _spread(values: FloatArray, arrived: NDArray[np.bool_]) -> FloatArray:
+    """One number per participant from one per arrived client, NaN for the others."""
+    column = np.full(len(arrived), np.nan)
+    column[arrived] = values
+    return column

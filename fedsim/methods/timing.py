@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fedsim.specs import Evaluation, FloatArray, IntArray, LocalRequest, LocalResult, Outcome, State, Ticket
+from fedsim.methods.pending import PendingJobs
+from fedsim.specs import Evaluation, FloatArray, IntArray, LocalRequests, LocalResults, Outcome, State
 from fedsim.structure import ModelShape, achieved_ratio, kept_counts
-
-_NOTHING = float("nan")
 
 
 class TimingLearner:
@@ -21,36 +19,40 @@ class TimingLearner:
 
     def __init__(self, shape: ModelShape) -> None:
         self._shape = shape
-        self._pending: dict[Ticket, LocalRequest] = {}
-        self._next_ticket = 0
+        self._pending = PendingJobs()
 
-    def submit(self, request: LocalRequest) -> Ticket:
-        """Remember the request."""
-        self._next_ticket += 1
-        self._pending[self._next_ticket] = request
-        return self._next_ticket
+    def submit(self, requests: LocalRequests) -> IntArray:
+        """Remember the requests."""
+        return self._pending.add(requests)
 
-    def result(self, ticket: Ticket) -> LocalResult:
-        """The ratio that whole heads and channels allow; no losses."""
-        request = self._pending.pop(ticket)
-        kept = kept_counts(self._shape, np.full(self._shape.layers, request.ratio_target))
-        return LocalResult(
-            client=request.client,
-            ratio=float(self._achieved(np.array([request.ratio_target]))[0]),
-            loss_before=_NOTHING,
-            loss_after=_NOTHING,
-            lora_importance=_NOTHING,
-            outcome=Outcome.OK,
+    def result(self, tickets: IntArray) -> LocalResults:
+        """The ratios that whole heads and channels allow; no losses."""
+        rows = self._pending.take(tickets)
+        count = len(rows.clients)
+        heads, channels = kept_counts(self._shape, rows.ratio_target)
+        # Every layer keeps as many: one column stands for all of them, without a copy.
+        kept = (
+            np.broadcast_to(heads[:, None], (count, self._shape.layers)),
+            np.broadcast_to(channels[:, None], (count, self._shape.layers)),
+        )
+        nothing = np.full(count, np.nan)
+        return LocalResults(
+            clients=rows.clients,
+            ratio=achieved_ratio(self._shape, heads[:, None], channels[:, None]),
+            loss_before=nothing,
+            loss_after=nothing,
+            lora_importance=nothing,
+            outcome=np.full(count, Outcome.OK, dtype=np.int64),
             kept_before=kept,
             kept_after=kept,
             payload=None,
         )
 
-    def discard(self, ticket: Ticket) -> None:
-        """Forget the request."""
-        del self._pending[ticket]
+    def discard(self, tickets: IntArray) -> None:
+        """Forget the requests."""
+        self._pending.take(tickets)
 
-    def aggregate(self, results: Sequence[LocalResult]) -> None:
+    def aggregate(self, results: LocalResults) -> None:
         """There is nothing to merge."""
 
     def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:

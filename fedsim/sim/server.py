@@ -223,10 +223,7 @@ def _report(
     phases_done = np.array(board.phases_done)
     fits_memory = np.array([trip.fits_memory for trip in trips])
     late = (phases_done < PHASES) & (fits_memory | (phases_done == 0))
-    outcome = tuple(
-        Outcome.LATE if is_late else Outcome.OK if fits else Outcome.OUT_OF_MEMORY
-        for is_late, fits in zip(late.tolist(), fits_memory.tolist(), strict=True)
-    )
+    outcome = np.where(late, Outcome.LATE, np.where(fits_memory, Outcome.OK, Outcome.OUT_OF_MEMORY)).astype(np.int64)
 
     download_s, compute_s = download_end_s - download_start_s, compute_end_s - download_end_s
     upload_s = upload_end_s - compute_end_s

@@ -109,7 +109,7 @@ def one_round(
     # A dropped client stops half way through its computation.
     compute_end = np.where(dropped, download_end + compute_s / 2, compute_end)
     upload_end = np.where(dropped, compute_end, upload_end)
-    outcome = tuple(Outcome.DROPPED if one else Outcome.OK for one in dropped)
+    outcome = np.where(dropped, Outcome.DROPPED, Outcome.OK)
     end_s = float(upload_end.max())
     report = RoundReport(
         round_index=round_index,

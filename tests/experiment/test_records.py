@@ -40,7 +40,7 @@ def three_clients(**changes):
         rank=np.array([2, 4, 16]),
         work=work,
     )
-    outcome = (Outcome.OK, Outcome.LATE, Outcome.DROPPED)
+    outcome = np.array([Outcome.OK, Outcome.LATE, Outcome.DROPPED])
     report = RoundReport(
         round_index=4,
         start_s=10.0,
@@ -132,7 +132,7 @@ def test_round_row_by_hand():
 
 def test_a_failed_training_counts_as_dropped_in_the_round():
     plan, report, learning = three_clients()
-    learning = dataclasses.replace(learning, outcome=(Outcome.NON_FINITE, Outcome.LATE, Outcome.DROPPED))
+    learning = dataclasses.replace(learning, outcome=np.array([Outcome.NON_FINITE, Outcome.LATE, Outcome.DROPPED]))
     assert round_row(plan, report, learning, 0.0)["dropped"].to_pylist() == [3]
     assert client_round_rows(plan, report, learning)["outcome"].to_pylist()[0] == "non_finite"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from fedsim.data.records import Corpus, LabelledText
 from fedsim.experiment.config import build_config
 from fedsim.learn.learner import build_learner, torch_device
-from fedsim.specs import LocalRequest, Outcome
+from fedsim.specs import LocalRequest, LocalRequests, LocalResults, Outcome
 from fedsim.structure import Structure
 
 CLIENTS = 4
@@ -46,10 +47,51 @@ def request(client, round_index=0, ratio=0.0, rank=2, rate=1e-2, recovery=1):
     return LocalRequest(client, round_index, ratio, ratio > 0, rank, 4, recovery, rate)
 
 
+def submit(learner, *requests):
+    """Submit single jobs; returns their tickets."""
+    tickets = []
+    for one in requests:
+        columns = LocalRequests(
+            round_index=one.round_index,
+            clients=np.array([one.client]),
+            ratio_target=np.array([one.ratio_target]),
+            rank=np.array([one.rank]),
+            prune=one.prune,
+            local_steps=one.local_steps,
+            recovery_steps=one.recovery_steps,
+            learning_rate=one.learning_rate,
+        )
+        assert columns.singles() == [one]
+        tickets.append(learner.submit(columns))
+    return np.concatenate(tickets)
+
+
+def singles(results):
+    """The rows of a `LocalResults`."""
+    return [
+        SimpleNamespace(
+            client=int(client),
+            ratio=results.ratio[row],
+            loss_before=results.loss_before[row],
+            loss_after=results.loss_after[row],
+            outcome=results.outcome[row],
+            kept_before=tuple(counts[row] for counts in results.kept_before),
+            kept_after=tuple(counts[row] for counts in results.kept_after),
+            payload=results.payload[row],
+        )
+        for row, client in enumerate(results.clients)
+    ]
+
+
+def result_of(learner, one):
+    (result,) = singles(learner.result(submit(learner, one)))
+    return result
+
+
 def play(learner, requests):
-    results = [learner.result(ticket) for ticket in [learner.submit(item) for item in requests]]
-    learner.aggregate([result for result in results if result.outcome == Outcome.OK])
-    return results
+    results = learner.result(submit(learner, *requests))
+    learner.aggregate(results.take(results.outcome == Outcome.OK))
+    return singles(results)
 
 
 def slack(shape):
@@ -69,13 +111,13 @@ def learner(request, tiny_folders):
 
 def test_a_job_is_frozen_at_dispatch(learner):
     """An aggregation between submit and result must not change the job."""
-    alone = learner.result(learner.submit(request(0)))
-    frozen = learner.submit(request(0))
+    alone = result_of(learner, request(0))
+    frozen = submit(learner, request(0))
     play(learner, [request(1), request(2)])
-    late = learner.result(frozen)
+    (late,) = singles(learner.result(frozen))
     assert late.loss_before == alone.loss_before
     assert late.loss_after == alone.loss_after
-    fresh = learner.result(learner.submit(request(0)))
+    fresh = result_of(learner, request(0))
     assert fresh.loss_before != alone.loss_before
 
 
@@ -83,20 +125,21 @@ def test_a_discarded_job_is_never_trained(learner, monkeypatch):
     trained = []
     real = learner._parts.trainer.train
     monkeypatch.setattr(learner._parts.trainer, "train", lambda jobs: trained.extend(jobs) or real(jobs))
-    tickets = [learner.submit(request(client)) for client in range(3)]
-    learner.discard(tickets[1])
-    learner.result(tickets[0])
-    learner.result(tickets[2])
+    tickets = submit(learner, *(request(client) for client in range(3)))
+    learner.discard(tickets[1:2])
+    learner.result(tickets[:1])
+    learner.result(tickets[2:])
     assert [job.request.client for job in trained] == [0, 2]
     with pytest.raises(KeyError):
-        learner.result(tickets[1])
+        learner.result(tickets[1:2])
 
 
 def test_results_do_not_depend_on_the_company(learner):
     """A job trained alone and in a cohort gives the same update, whatever the order."""
-    together = [learner.result(t) for t in [learner.submit(request(c, rank=2 + 2 * (c % 2))) for c in (2, 0, 1)]]
+    together = singles(learner.result(submit(learner, *(request(c, rank=2 + 2 * (c % 2)) for c in (2, 0, 1)))))
+    assert [result.client for result in together] == [2, 0, 1]
     for result in together:
-        alone = learner.result(learner.submit(request(result.client, rank=2 + 2 * (result.client % 2))))
+        alone = result_of(learner, request(result.client, rank=2 + 2 * (result.client % 2)))
         assert (alone.loss_before, alone.loss_after) == (result.loss_before, result.loss_after)
 
 
@@ -170,20 +213,17 @@ def test_recovery_steps_train_the_pruned_model(learner, recovery):
 
 
 def test_a_loss_that_is_not_finite_stops_that_client_and_no_other(learner):
-    bad, good = (learner.submit(request(client, rate=rate)) for client, rate in ((0, 1e30), (1, 1e-2)))
-    alone = make_equal_result(learner, 1)
-    broken, fine = learner.result(bad), learner.result(good)
+    tickets = submit(learner, *(request(client, rate=rate) for client, rate in ((0, 1e30), (1, 1e-2))))
+    alone = result_of(learner, request(1))
+    results = learner.result(tickets)
+    broken, fine = singles(results)
     assert broken.outcome == Outcome.NON_FINITE
     assert fine.outcome == Outcome.OK
     assert fine.loss_after == alone.loss_after
-    learner.aggregate([fine])
+    learner.aggregate(results.take(np.array([False, True])))
     assert all(np.isfinite(array).all() for array in learner.state().values() if array.dtype.kind == "f")
     with pytest.raises(ValueError, match="no usable update"):
-        learner.aggregate([broken])
-
-
-def make_equal_result(learner, client):
-    return learner.result(learner.submit(request(client)))
+        learner.aggregate(results)
 
 
 def test_state_goes_on_identically(tiny_folders):
@@ -253,9 +293,10 @@ def test_devices_are_checked():
 
 
 def test_results_are_frozen_records(learner):
-    (result,) = play(learner, [request(0)])
+    results = learner.result(submit(learner, request(0)))
+    assert isinstance(results, LocalResults)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        result.ratio = 0.0
+        results.ratio = np.zeros(1)
 
 
 def test_common_masks_are_one_for_each_ratio_however_late_a_device_is_sampled(tiny_folders):

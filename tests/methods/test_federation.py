@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -27,21 +29,27 @@ class ToyLearner(TimingLearner):
     def __init__(self, failing=()):
         super().__init__(SHAPE)
         self.failing = set(failing)
+        self.submitted = {}
         self.trained, self.discarded, self.aggregated, self.cuts, self.panels = [], [], [], [], []
 
-    def result(self, ticket):
-        request = self._pending[ticket]
-        self.trained.append(request)
-        plain = super().result(ticket)
-        outcome = Outcome.NON_FINITE if request.client in self.failing else Outcome.OK
-        return type(plain)(**{**vars(plain), "loss_before": 1.0, "loss_after": 0.5, "outcome": outcome})
+    def submit(self, requests):
+        tickets = super().submit(requests)
+        self.submitted.update(zip(tickets.tolist(), requests.singles(), strict=True))
+        return tickets
 
-    def discard(self, ticket):
-        self.discarded.append(self._pending[ticket].client)
-        super().discard(ticket)
+    def result(self, tickets):
+        self.trained += [self.submitted[ticket] for ticket in tickets.tolist()]
+        plain = super().result(tickets)
+        count = len(plain.clients)
+        outcome = np.where(np.isin(plain.clients, list(self.failing)), Outcome.NON_FINITE, Outcome.OK)
+        return replace(plain, loss_before=np.full(count, 1.0), loss_after=np.full(count, 0.5), outcome=outcome)
+
+    def discard(self, tickets):
+        self.discarded += [self.submitted[ticket].client for ticket in tickets.tolist()]
+        super().discard(tickets)
 
     def aggregate(self, results):
-        self.aggregated.append([result.client for result in results])
+        self.aggregated.append(results.clients.tolist())
 
     def cut(self, clients, ratios):
         self.cuts.append(np.array(ratios))
@@ -95,7 +103,7 @@ def report(plan, outcomes=None, start_s=0.0):
         bytes_down=plan.work.download_bytes,
         bytes_up=plan.work.upload_bytes,
         energy_joules=np.ones(count),
-        outcome=tuple(outcomes or [Outcome.OK] * count),
+        outcome=np.array(outcomes or [Outcome.OK] * count, dtype=np.int64),
     )
 
 
@@ -143,7 +151,7 @@ def test_what_did_not_arrive_is_never_trained_and_keeps_its_ratio():
     assert sorted(set(learner.discarded)) == [0, 1, 2]
     assert {request.client for request in learner.trained} == {3, 4, 5}
     assert learner.aggregated == [[3, 4, 5], [3, 4, 5]]
-    assert learned.outcome == tuple(outcomes)
+    assert learned.outcome.tolist() == outcomes
     assert np.isnan(learned.loss_before[:3]).all()
     assert np.isnan(learned.reward[:3]).all()
     assert (learned.ratio[:3] == 0).all()
@@ -154,7 +162,7 @@ def test_what_did_not_arrive_is_never_trained_and_keeps_its_ratio():
 def test_a_loss_that_is_not_finite_stops_that_client_only():
     federation, learner = make(learner=ToyLearner(failing=[2]))
     ((plan, learned), (later, _)) = play(federation, [4, 5])
-    assert learned.outcome == tuple(Outcome.NON_FINITE if client == 2 else Outcome.OK for client in range(6))
+    assert learned.outcome.tolist() == [Outcome.NON_FINITE if client == 2 else Outcome.OK for client in range(6)]
     assert learner.aggregated[0] == [0, 1, 3, 4, 5]
     assert later.ratio_before[2] == 0
     assert (np.delete(later.ratio_before, 2) == np.delete(plan.ratio_target, 2)).all()

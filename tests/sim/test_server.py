@@ -36,7 +36,7 @@ def test_exact_log_of_one_round():
         (16.0, 2, "upload_end", 500.0),
         (16.0, -1, "round_close", 3.0),
     ]
-    assert (report.start_s, report.end_s, report.outcome) == (0.0, 16.0, (Outcome.OK,) * 3)
+    assert (report.start_s, report.end_s, report.outcome.tolist()) == (0.0, 16.0, [Outcome.OK] * 3)
     assert client_seconds(report)["idle_s"].tolist() == [10.0, 4.0, 0.0]
     assert idle_fraction(report) == pytest.approx(14 / 48)
     # 10 W busy; 3 W radio over 2 W idle while transferring; 2 W idle else.
@@ -48,7 +48,7 @@ def test_deadline_cuts_each_phase():
     _, (report,), (block,) = play(fleet, ServerSettings(rounds=1, deadline_s=6.0))
     # Client 4 ends its upload exactly at the deadline: it has arrived.
     assert report.end_s == 6.0
-    assert report.outcome == (Outcome.OK, Outcome.LATE, Outcome.LATE, Outcome.LATE, Outcome.OK)
+    assert report.outcome.tolist() == [Outcome.OK, Outcome.LATE, Outcome.LATE, Outcome.LATE, Outcome.OK]
     assert report.bytes_down.tolist() == [1000, 1000, 1000, 750, 1000]
     assert report.bytes_up.tolist() == [500, 250, 0, 0, 500]
     seconds = client_seconds(report)
@@ -75,13 +75,13 @@ def test_over_selection_closes_with_the_first_n():
         assert len(report.clients) == 6
         fastest = np.sort(report.clients)[:4]
         assert report.end_s - report.start_s == pytest.approx(2.0 + 1.0 + fastest[-1])
-        assert [o is Outcome.OK for o in report.outcome] == [True] * 4 + [False] * 2
+        assert (report.outcome == Outcome.OK).tolist() == [True] * 4 + [False] * 2
 
 
 def test_out_of_memory_downloads_then_idles():
     strategy = ToyStrategy(memory=[10.0, 1000.0, 10.0])
     _, (report,), (block,) = play(THREE, ServerSettings(rounds=1), strategy)
-    assert report.outcome == (Outcome.OK, Outcome.OUT_OF_MEMORY, Outcome.OK)
+    assert report.outcome.tolist() == [Outcome.OK, Outcome.OUT_OF_MEMORY, Outcome.OK]
     seconds = client_seconds(report)
     assert (seconds["compute_s"][1], seconds["upload_s"][1], seconds["idle_s"][1]) == (0.0, 0.0, 14.0)
     assert (report.bytes_down[1], report.bytes_up[1]) == (1000.0, 0.0)
@@ -91,7 +91,7 @@ def test_out_of_memory_downloads_then_idles():
 def test_nobody_can_arrive():
     _, (report,), _ = play(THREE, ServerSettings(rounds=1, clients_per_round=1, over_selection=2.0), ToyStrategy(1e9))
     assert report.end_s == 3.0
-    assert report.outcome == (Outcome.OUT_OF_MEMORY,) * 3
+    assert report.outcome.tolist() == [Outcome.OUT_OF_MEMORY] * 3
 
 
 def test_stops_at_target_and_at_time_budget():
@@ -196,7 +196,7 @@ def test_rounds_add_up_and_match_a_closed_form(rows, deadline_s, quota, over, st
             Outcome.LATE if s > report.end_s else Outcome.OK if f else Outcome.OUT_OF_MEMORY
             for s, f in zip(stop, fits[i], strict=True)
         ]
-        assert list(report.outcome) == expected
+        assert report.outcome.tolist() == expected
         clock = report.end_s
     assert end.now_s == clock
 
