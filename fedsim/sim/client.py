@@ -1,7 +1,9 @@
-"""The client process: wait, download, compute, upload, then idle until the round closes.
+"""The client processes: wait, download, compute, upload, then idle until the round closes.
 
-All durations of a round are computed at once beforehand (`Itinerary`); the process plays them as SimPy timeouts and
-writes down the clock at each change. What the close of the round interrupts ends at that moment.
+All durations of a round are computed at once beforehand; each client's process plays its own (`Itinerary`) as SimPy
+timeouts and writes down the clock at each change. What the close of the round interrupts ends at that moment.
+
+This is the general way to play a round, for protocols in which clients meet, and the measure of `fedsim.sim.rounds`.
 """
 
 from __future__ import annotations
@@ -10,12 +12,11 @@ import math
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
+import numpy as np
 import simpy
 
+from fedsim.sim.timeline import PHASES, Timeline, Trips
 from fedsim.sim.trace import Event, Trace
-
-PHASES = 3
-"""Download, compute, upload."""
 
 
 class Itinerary(NamedTuple):
@@ -109,3 +110,74 @@ def client_process(
         board.cut(slot, env.now)
         trace.add(env.now, round_index, client, Event.LATE, board.phases_done[slot])
     board.released_s[slot] = env.now
+
+
+class ClientProcesses:
+    """Implements `fedsim.sim.timeline.Player` with a SimPy process per participant.
+
+    Args:
+        start_s: the simulated clock at the start of the run.
+    """
+
+    def __init__(self, start_s: float) -> None:
+        self._env = simpy.Environment(initial_time=start_s)
+
+    def play(self, trips: Trips, start_s: float, quota: int, deadline_s: float | None, trace: Trace) -> Timeline:
+        """Play one round; `start_s` is where the last one ended."""
+        if self._env.now != start_s:
+            raise RuntimeError(
+                f"round {trips.round_index} opens at {start_s} s, but the clock stands at {self._env.now}"
+            )
+        board = RoundBoard(self._env, len(trips.clients), quota)
+        self._env.run(until=self._env.process(self._round(trips, board, deadline_s, trace)))
+        stamps = (board.download_start_s, board.download_end_s, board.compute_end_s, board.upload_end_s)
+        download_start_s, download_end_s, compute_end_s, upload_end_s = (np.array(column) for column in stamps)
+        return Timeline(
+            start_s=start_s,
+            end_s=float(self._env.now),
+            download_start_s=download_start_s,
+            download_end_s=download_end_s,
+            compute_end_s=compute_end_s,
+            upload_end_s=upload_end_s,
+            phases_done=np.array(board.phases_done, dtype=np.int64),
+        )
+
+    def _round(
+        self, trips: Trips, board: RoundBoard, deadline_s: float | None, trace: Trace
+    ) -> Generator[simpy.Event, Any, None]:
+        """The server's side of a round."""
+        env = self._env
+        processes = [
+            env.process(client_process(env, slot, trips.round_index, trip, board, trace))
+            for slot, trip in enumerate(_itineraries(trips))
+        ]
+        if deadline_s is None:
+            yield board.enough
+        else:
+            yield board.enough | env.timeout(deadline_s)
+        # Let what else ends at this very moment end first, so that ties do not depend on the order of processes; as
+        # often as a client may have phases that take no time.
+        for _ in range(PHASES):
+            yield env.timeout(0)
+        end_s = float(env.now)
+        for process, at_work in zip(processes, board.at_work, strict=True):
+            if at_work:
+                process.interrupt()
+        board.closed.succeed()
+        yield env.timeout(0)
+        if any(released != end_s for released in board.released_s):
+            raise RuntimeError(f"a client of round {trips.round_index} was not released when the round closed")
+
+
+def _itineraries(trips: Trips) -> list[Itinerary]:
+    columns = (
+        trips.clients,
+        trips.download_s,
+        trips.compute_s,
+        trips.upload_s,
+        trips.download_bytes,
+        trips.upload_bytes,
+        trips.peak_memory_bytes,
+        trips.fits_memory,
+    )
+    return [Itinerary(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]

@@ -36,6 +36,7 @@ class Event(IntEnum):
     ROUND_CLOSE = 8  # updates that arrived
 
 
+_KINDS = ("<f8", "<i8", "<i8", "<i8", "<f8")
 _NAMES = np.array([event.name.lower() for event in Event])
 
 
@@ -83,6 +84,7 @@ class Trace:
     def __init__(self, digest: str = START_HASH) -> None:
         self._digest = digest
         self._rows: list[tuple[float, int, int, int, float]] = []
+        self._columns: list[tuple[FloatArray, IntArray, IntArray, IntArray, FloatArray]] = []
 
     @property
     def digest(self) -> str:
@@ -93,21 +95,32 @@ class Trace:
         """Record one change of state."""
         self._rows.append((time_s, round_index, client, event, value))
 
+    def add_many(
+        self, time_s: FloatArray, round_index: int, clients: IntArray, event: Event, values: FloatArray
+    ) -> None:
+        """Record the same kind of change of several clients, shape (P,) each."""
+        if len(clients):
+            self._columns.append(
+                (time_s, np.full(len(clients), round_index), clients, np.full(len(clients), int(event)), values)
+            )
+
     def take_block(self) -> TraceBlock:
         """Close the block: order its records, extend the hash, and forget them.
 
         Ties in time are ordered by event and client, not by the order in which the event loop happened to run.
         """
         rows, self._rows = self._rows, []
-        columns = list(zip(*rows, strict=True)) if rows else [()] * 5
-        time_s = np.array(columns[0], dtype="<f8")
-        round_index, client, code = (np.array(column, dtype="<i8") for column in columns[1:4])
-        value = np.array(columns[4], dtype="<f8")
+        chunks, self._columns = self._columns, []
+        singles = list(zip(*rows, strict=True)) if rows else [()] * 5
+        columns = [
+            np.concatenate([np.array(single, dtype=kind), *(chunk[place] for chunk in chunks)]).astype(kind, copy=False)
+            for place, (single, kind) in enumerate(zip(singles, _KINDS, strict=True))
+        ]
+        time_s, round_index, client, code, value = columns
         order = np.lexsort((client, code, time_s))
-        ordered = [column[order] for column in (time_s, round_index, client, code, value)]
+        time_s, round_index, client, code, value = (column[order] for column in columns)
         digest = hashlib.sha256(bytes.fromhex(self._digest))
-        for column in ordered:
-            digest.update(column.tobytes())
+        for column in (time_s, round_index, client, code, value):
+            digest.update(column.data)
         self._digest = digest.hexdigest()
-        time_s, round_index, client, code, value = ordered
         return TraceBlock(time_s, round_index, client, code, value, self._digest)

@@ -91,7 +91,7 @@ class ToyStrategy:
         return RoundLearning(np.zeros(len(report.clients)), nan, nan, nan, report.outcome, accuracy, None, None)
 
 
-def play(fleet, settings, strategy=None, seed=0, start=None):
+def play(fleet, settings, strategy=None, seed=0, start=None, **options):
     """Run, and return (last state, reports, trace blocks)."""
     reports, blocks = [], []
 
@@ -99,7 +99,7 @@ def play(fleet, settings, strategy=None, seed=0, start=None):
         reports.append(report)
         blocks.append(block)
 
-    end = simulate(fleet, strategy or ToyStrategy(), settings, seed, on_round, start)
+    end = simulate(fleet, strategy or ToyStrategy(), settings, seed, on_round, start, **options)
     assert isinstance(end, SimState)
     return end, reports, blocks
 
