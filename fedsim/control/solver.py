@@ -7,7 +7,6 @@ schedule when every device takes the smallest feasible ratio with which it meets
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import numpy as np
 
@@ -15,10 +14,11 @@ from fedsim.control.recentre import recentre
 from fedsim.specs import Arms, Ask, FloatArray, IntArray, RoundContext, Work
 
 Times = Callable[[IntArray, Work], FloatArray]
-"""Seconds of jobs: client ids (P,), work (P,) or (P, K) -> the same shape."""
+"""Seconds of jobs: client ids (P,), work (P,), (P, K) or (1, K) for all alike -> (P,) or (P, K)."""
 
 GRID_STEP = 0.01
 _CHUNK = 1024
+_SAMPLE = 4096
 
 
 def ratio_grid(context: RoundContext) -> FloatArray:
@@ -27,41 +27,67 @@ def ratio_grid(context: RoundContext) -> FloatArray:
     return np.linspace(0.0, cap, max(1, int(np.ceil(cap / GRID_STEP - 1e-9))) + 1)
 
 
-def common_deadline(times_s: FloatArray, ratios: FloatArray, target_mean: float) -> tuple[float, FloatArray]:
+def common_deadline(
+    times_s: FloatArray, grid: FloatArray, low: FloatArray, high: FloatArray, target_mean: float
+) -> tuple[float, FloatArray]:
     """The smallest deadline that keeps the mean ratio at or below the target, and the ratios, topped up to it.
 
     Args:
-        times_s: job seconds for each ratio, (P, G). They need not fall with the ratio, and may be a step function
-            of it: a device takes its first ratio that meets the deadline, or where none does its first fastest one.
-        ratios: (P, G), ascending along G.
+        times_s: job seconds at each grid ratio within the client's bounds, (G, P): a row holds one ratio of all
+            clients. They need not fall with the ratio, and may be a step function of it: a device takes its first
+            ratio that meets the deadline, or where none does its first fastest one.
+        grid: ratios, ascending, (G,), at most 2**15.
+        low, high: each client's bounds, (P,); its ratios are those of the grid clipped to them.
         target_mean: wished mean over the P clients.
     Returns:
         ``(deadline_s, ratio (P,))``. Only the devices whose ratio steps at this deadline share what is missing to
         the target, each the same part of its step; the mean is exact where the bounds allow it.
     """
-    best = np.minimum.accumulate(times_s, axis=1)
-    fastest = best[:, -1:]
-    rows = np.arange(ratios.shape[0])
+    best = times_s.copy()
+    for row in range(1, grid.size):
+        np.minimum(best[row - 1], best[row], out=best[row])
+    fastest = best[-1]
 
     def ratio_at(deadline: float) -> FloatArray:
-        return ratios[rows, (best > np.maximum(deadline, fastest)).sum(axis=1)]
+        misses = best > np.maximum(deadline, fastest)
+        return _within(grid[misses.sum(axis=0, dtype=np.int16)], low, high)
 
-    candidates = np.unique(best)
-    # The slowest time of all lets every device stay at its lower bound, so the last candidate always qualifies
-    # unless the target lies below all lower bounds, where the last candidate is the answer too.
-    first, last = 0, candidates.size - 1
+    def keeps_schedule(deadline: float) -> bool:
+        return bool(ratio_at(deadline).mean() <= target_mean)
+
+    # Any of the times may be the deadline. A sample of them says between which two it lies, so that only the few
+    # between these must be sorted. The slowest time of all lets every device stay at its lower bound, so it always
+    # qualifies, unless the target lies below all lower bounds, where it is the answer too.
+    sample = np.unique(np.append(best.ravel()[:: 1 + best.size // _SAMPLE], best[0].max()))
+    place = _first(sample, keeps_schedule)
+    between = best <= sample[place]
+    if place > 0:
+        between &= best > sample[place - 1]
+    candidates = np.unique(best[between])
+    deadline = float(candidates[_first(candidates, keeps_schedule)])
+    under = ratio_at(deadline)
+    shorter = deadline > fastest.min()
+    over = ratio_at(np.nextafter(deadline, -np.inf)) if shorter else _within(grid[-1:], low, high)
+    missing, room = target_mean - under.mean(), over.mean() - under.mean()
+    part = min(1.0, max(0.0, missing / room)) if room > 0 else 0.0
+    lowest, highest = _within(grid[:1], low, high), _within(grid[-1:], low, high)
+    return deadline, recentre(under + part * (over - under), target_mean, lowest, highest)
+
+
+def _within(ratio: FloatArray, low: FloatArray, high: FloatArray) -> FloatArray:
+    return np.minimum(np.maximum(ratio, low), high)
+
+
+def _first(ascending: FloatArray, good: Callable[[float], bool]) -> int:
+    """Place of the first good value, where all that follow a good one are good; the last where none is."""
+    first, last = 0, ascending.size - 1
     while first < last:
         middle = (first + last) // 2
-        if ratio_at(candidates[middle]).mean() <= target_mean:
+        if good(ascending[middle]):
             last = middle
         else:
             first = middle + 1
-    deadline = float(candidates[last])
-    under = ratio_at(deadline)
-    over = ratio_at(candidates[last - 1]) if last > 0 else ratios[:, -1]
-    missing, room = target_mean - under.mean(), over.mean() - under.mean()
-    part = min(1.0, max(0.0, missing / room)) if room > 0 else 0.0
-    return deadline, recentre(under + part * (over - under), target_mean, ratios[:, 0], ratios[:, -1])
+    return last
 
 
 def largest_ranks(times_s: FloatArray, deadline_s: float, fastest: IntArray, highest: IntArray) -> IntArray:
@@ -101,24 +127,9 @@ def level(
         highest_rank: index of the largest rank that each client may take, (P,); None: all.
     """
     grid = ratio_grid(context)
-    low, high = context.ratio_low[:, None], context.ratio_high[:, None]
-    ratios = np.clip(grid, low, high)
-    smallest = ask.ranks[0]
-    at_grid, at_low, at_high = (ask.work(ratio, ratio, smallest) for ratio in (grid, low, high))
-    grid_times = np.empty_like(ratios)
-    for start in range(0, context.clients.size, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        below, above = grid < low[part], grid > high[part]
-        work = Work(
-            *(
-                np.where(below, low_value[part], np.where(above, high_value[part], value))
-                for value, low_value, high_value in zip(
-                    _fields(at_grid), _fields(at_low), _fields(at_high), strict=True
-                )
-            )
-        )
-        grid_times[part] = times(context.clients[part], work)
-    deadline, ratio = common_deadline(grid_times, ratios, context.schedule_ratio)
+    low, high = context.ratio_low, context.ratio_high
+    times_s = _grid_times(context, ask, times, grid)
+    deadline, ratio = common_deadline(times_s, grid, low, high, context.schedule_ratio)
     # The exact ratio lies between two grid points: ranks are weighed at it, not at its neighbour.
     work = ask.work(context.ratio_before[:, None], ratio[:, None], ask.ranks)
     highest = np.full(ratio.shape, ask.ranks.size - 1) if highest_rank is None else highest_rank
@@ -129,6 +140,20 @@ def level(
     return Arms(ratio=ratio, rank=ask.ranks[largest_ranks(weighed, deadline, expected.argmin(axis=1), highest)])
 
 
-def _fields(work: Work) -> tuple[FloatArray, ...]:
-    """The arrays of a work, in the order of its fields."""
-    return tuple(getattr(work, field.name) for field in fields(work))
+def _grid_times(context: RoundContext, ask: Ask, times: Times, grid: FloatArray) -> FloatArray:
+    """Seconds of the jobs that start and end at each grid ratio, clipped to the client's bounds, (G, P).
+
+    What lies within the bounds is asked of all clients alike, so each is priced once for the grid and twice for its
+    bounds, not once for every ratio.
+    """
+    low, high, smallest = context.ratio_low[:, None], context.ratio_high[:, None], ask.ranks[0]
+    at_grid = ask.work(grid[None], grid[None], smallest)
+    at_low = times(context.clients, ask.work(low, low, smallest))
+    at_high = times(context.clients, ask.work(high, high, smallest))
+    times_s = np.empty((grid.size, context.clients.size))
+    for start in range(0, context.clients.size, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        within = times(context.clients[part], at_grid)
+        above = np.where(grid > high[part], at_high[part], within)
+        times_s[:, part] = np.where(grid < low[part], at_low[part], above).T
+    return times_s

@@ -20,6 +20,7 @@ JUMP_ERROR = 0.25
 CAUTION_SIGMAS = 2.0
 _SURPRISE_SIGMAS = 4.0
 _JUMP_LEAST_SHARE = 0.05
+_UNHEARD = np.array([1.0, 0.0, 0.0])
 _FIRST_SHARES = np.array([0.8, 0.1, 0.1])
 _FIRST_SPREAD = np.array([0.5, 0.3, 0.2])
 _FIRST_NOISE = 0.03
@@ -33,10 +34,22 @@ _CONSTANT_SPREAD = 0.1
 
 def features(work: Work) -> FloatArray:
     """(tera-FLOPs, megabytes of traffic, 1), stacked on a new last axis."""
+    tera_flops, megabytes = _asked(work)
+    return np.stack([tera_flops, megabytes, np.ones_like(tera_flops)], axis=-1)
+
+
+def _asked(work: Work) -> tuple[FloatArray, FloatArray]:
+    """Tera-FLOPs and megabytes of traffic, of one shape."""
     tera_flops = np.asarray(work.flops, dtype=np.float64) / TERA
     traffic = np.asarray(work.download_bytes, dtype=np.float64) + np.asarray(work.upload_bytes, dtype=np.float64)
     tera_flops, megabytes = np.broadcast_arrays(tera_flops, traffic / MEGA)
-    return np.stack([tera_flops, megabytes, np.ones_like(tera_flops)], axis=-1)
+    return tera_flops, megabytes
+
+
+def _columns(values: FloatArray, dimensions: int) -> tuple[FloatArray, ...]:
+    """Columns of a (P, K) array, with trailing axes of length 1 so that they broadcast to `dimensions` axes."""
+    shape = (values.shape[0], *(1,) * (dimensions - 1))
+    return tuple(column.reshape(shape) for column in values.T)
 
 
 class TimeModel:
@@ -48,29 +61,44 @@ class TimeModel:
         self._prior_variance = np.zeros((clients, 3))
         self._noise_variance = np.full(clients, _FIRST_NOISE**2)
         self.observations = np.zeros(clients, dtype=np.int64)
+        self._medians: FloatArray | None = None
 
     def parameters(self, clients: IntArray) -> FloatArray:
         """(a, b, c) of each client, shape (P, 3); the fleet's medians for a client never heard of.
 
         Before anything at all was heard every device counts as equally fast (1 s per tera-FLOP).
         """
-        seen = self.observations > 0
-        other = np.median(self._theta[seen], axis=0) if seen.any() else np.array([1.0, 0.0, 0.0])
-        return np.where(seen[clients, None], self._theta[clients], other)
+        seen = self.observations[clients] > 0
+        theta = self._theta[clients]
+        if not seen.all():
+            theta[~seen] = self._of_the_unknown()
+        return theta
+
+    def _of_the_unknown(self) -> FloatArray:
+        """Medians over all clients heard of, taken once between two updates."""
+        if self._medians is None:
+            seen = self.observations > 0
+            self._medians = np.median(self._theta[seen], axis=0) if seen.any() else _UNHEARD
+        return self._medians
 
     def predict(self, clients: IntArray, work: Work) -> FloatArray:
-        """Expected seconds; work (P,) or (P, K) -> the same shape."""
-        phi = features(work)
-        theta = self.parameters(clients)
-        return np.einsum("p...k,pk->p...", np.broadcast_to(phi, (clients.size, *phi.shape[1:])), theta)
+        """Expected seconds; work (P,), (P, K) or (1, K) for all alike -> (P,) or (P, K)."""
+        tera_flops, megabytes = _asked(work)
+        a, b, c = _columns(self.parameters(clients), tera_flops.ndim)
+        # Term by term: a matrix product might round one client's row otherwise than another's.
+        return np.asarray(a * tera_flops + b * megabytes + c)
 
     def cautious(self, clients: IntArray, work: Work) -> FloatArray:
         """Expected seconds plus two standard deviations, of what was learned and of the client's own noise."""
         expected = self.predict(clients, work)
-        phi = np.broadcast_to(features(work), (*expected.shape, 3))
-        doubt = np.einsum("p...j,pjk,p...k->p...", phi, self._covariance[clients], phi)
-        axes = (..., *(None,) * (expected.ndim - 1))
-        return expected + CAUTION_SIGMAS * np.sqrt(doubt + self._noise_variance[clients][axes] * expected**2)
+        tera_flops, megabytes = _asked(work)
+        covariance = self._covariance[clients].reshape(-1, 9)[:, [0, 4, 8, 1, 2, 5]]
+        aa, bb, cc, ab, ac, bc = _columns(covariance, tera_flops.ndim)
+        doubt = (
+            tera_flops * (aa * tera_flops + 2.0 * (ab * megabytes + ac)) + megabytes * (bb * megabytes + 2.0 * bc) + cc
+        )
+        (noise,) = _columns(self._noise_variance[clients, None], tera_flops.ndim)
+        return expected + CAUTION_SIGMAS * np.sqrt(np.maximum(doubt, 0.0) + noise * expected**2)
 
     def update(self, clients: IntArray, work: Work, time_s: FloatArray) -> None:
         """Learn from measured times.
@@ -113,6 +141,7 @@ class TimeModel:
         surprise = np.minimum(error, _NOISE_CLIP_SIGMAS * sigma) ** 2
         self._noise_variance[clients] += _NOISE_STEP * (surprise - self._noise_variance[clients])
         self.observations[clients] += 1
+        self._medians = None
 
     def _begin(self, clients: IntArray, phi: FloatArray, time_s: FloatArray) -> None:
         """Give first-seen clients a prior: the fleet's medians scaled to their time, or mostly compute."""
@@ -148,6 +177,7 @@ class TimeModel:
         self._prior_variance = take(state, "prior_variance", self._prior_variance)
         self._noise_variance = take(state, "noise_variance", self._noise_variance)
         self.observations = take(state, "observations", self.observations)
+        self._medians = None
 
 
 def _observe(

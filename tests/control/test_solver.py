@@ -6,7 +6,9 @@ from control_toys import ToyAsk, ToyFleet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.control.recentre import recentre
 from fedsim.control.solver import common_deadline, largest_ranks, level
+from fedsim.rng import Stream, generator
 from fedsim.specs import RoundContext
 
 
@@ -20,14 +22,25 @@ def _slow_mean(times, ratios, deadline):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(2, 8), st.floats(0.0, 1.0), st.booleans())
-def test_deadline_is_the_smallest_that_keeps_the_schedule(seed, clients, points, target, falling):
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 9),
+    st.integers(2, 8),
+    st.floats(0.0, 1.0),
+    st.booleans(),
+    st.sampled_from([1, 3, 4096]),
+)
+def test_deadline_is_the_smallest_that_keeps_the_schedule(seed, clients, points, target, falling, sample):
     draw = np.random.default_rng(seed)
     # Whole numbers make ties and plateaus common; not falling: times need not fall with the ratio.
     times = draw.integers(1, 12, (clients, points)).astype(float)
     times = -np.sort(-times, axis=1) if falling else times
-    ratios = np.sort(draw.random((clients, points)), axis=1)
-    deadline, ratio = common_deadline(times, ratios, target)
+    grid = np.sort(draw.random(points))
+    low, high = np.sort(draw.random((2, clients)), axis=0)
+    ratios = np.clip(grid, low[:, None], high[:, None])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsim.control.solver._SAMPLE", sample)
+        deadline, ratio = common_deadline(times.T, grid, low, high, target)
     slow = [value for value in np.unique(times) if _slow_mean(times, ratios, value) <= target]
     if slow:
         assert deadline == min(slow)
@@ -42,10 +55,48 @@ def test_deadline_is_the_smallest_that_keeps_the_schedule(seed, clients, points,
             assert reached <= max(deadline, times[row].min())
 
 
+def _sorted_deadline(times, grid, low, high, target):
+    """`common_deadline` by sorting every time, one bisection over all."""
+    ratios = np.clip(grid, low[:, None], high[:, None])
+    best = np.minimum.accumulate(times, axis=1)
+    rows = np.arange(low.size)
+
+    def ratio_at(deadline):
+        return ratios[rows, (best > np.maximum(deadline, best[:, -1:])).sum(axis=1)]
+
+    candidates = np.unique(best)
+    first, last = 0, candidates.size - 1
+    while first < last:
+        middle = (first + last) // 2
+        if ratio_at(candidates[middle]).mean() <= target:
+            last = middle
+        else:
+            first = middle + 1
+    under, over = ratio_at(candidates[last]), ratio_at(candidates[last - 1]) if last > 0 else ratios[:, -1]
+    missing, room = target - under.mean(), over.mean() - under.mean()
+    part = min(1.0, max(0.0, missing / room)) if room > 0 else 0.0
+    return candidates[last], recentre(under + part * (over - under), target, ratios[:, 0], ratios[:, -1])
+
+
+@pytest.mark.parametrize("target", [0.0, 0.2, 0.35, 0.5, 0.9])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+@pytest.mark.parametrize("digits", [2, 12])
+def test_sampled_search_equals_sorting_everything(target, spread, digits):
+    draw = generator(7, Stream.POLICY)
+    clients, grid = 700, np.linspace(0.0, 0.8, 81)
+    falling = 1.0 - 0.9 * grid + 0.02 * draw.random((clients, grid.size))
+    times = np.round(np.exp(spread * draw.normal(size=(clients, 1))) * falling, digits) + 1.0
+    low = draw.uniform(0.0, 0.3, clients)
+    high = low + draw.uniform(0.0, 0.5, clients)
+    deadline, ratio = common_deadline(times.T, grid, low, high, target)
+    slow_deadline, slow_ratio = _sorted_deadline(times, grid, low, high, target)
+    assert deadline == slow_deadline
+    np.testing.assert_array_equal(ratio, slow_ratio)
+
+
 def test_identical_devices_share_a_step_alike():
-    ratios = np.tile([0.0, 0.25, 0.5], (4, 1))
-    times = np.tile([4.0, 3.0, 2.0], (4, 1))
-    _, ratio = common_deadline(times, ratios, 0.3)
+    times = np.tile([[4.0], [3.0], [2.0]], (1, 4))
+    _, ratio = common_deadline(times, np.array([0.0, 0.25, 0.5]), np.zeros(4), np.full(4, 0.5), 0.3)
     np.testing.assert_allclose(ratio, 0.3, atol=1e-12)
 
 

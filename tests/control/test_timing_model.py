@@ -1,6 +1,7 @@
 """What the time model learns of devices."""
 
 import numpy as np
+import pytest
 from control_toys import ToyAsk
 
 from fedsim.control.timing import TimeModel
@@ -124,3 +125,26 @@ def test_a_stranger_is_judged_by_the_fleet_and_then_by_its_own_time():
     model.update(np.array([3]), work, _true_time(slow, work))
     other = ASK.work(np.array([0.4]), np.array([0.4]), 8)
     np.testing.assert_allclose(model.predict(np.array([3]), other), _true_time(slow, other), rtol=0.15)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (1, 4)])
+def test_expected_and_cautious_times_are_the_products_of_their_definition(shape):
+    draw = generator(2, Stream.POLICY)
+    model = TimeModel(9)
+    ids = np.array([0, 2, 3, 5, 7, 8])  # 8 was never heard of: the medians of the others stand in
+    for _ in range(5):
+        work = ASK.work(draw.random(8), draw.random(8), draw.choice([2, 8, 32], 8))
+        model.update(np.arange(8), work, draw.uniform(20, 60, 8))
+    work = ASK.work(draw.random(shape), draw.random(shape), 8)
+    state = model.state()
+    expected, cautious = np.empty((6, *shape[1:])), np.empty((6, *shape[1:]))
+    for row, client in enumerate(ids):
+        theta = state["theta"][client] if client < 8 else np.median(state["theta"][:8], axis=0)
+        for place in np.ndindex(shape[1:]):
+            at = (row if shape[0] > 1 else 0, *place)
+            phi = [work.flops[at] / 1e12, (work.download_bytes[at] + work.upload_bytes[at]) / 1e6, 1.0]
+            mean = float(np.dot(phi, theta))
+            variance = phi @ state["covariance"][client] @ phi + state["noise_variance"][client] * mean**2
+            expected[(row, *place)], cautious[(row, *place)] = mean, mean + 2.0 * np.sqrt(variance)
+    np.testing.assert_allclose(model.predict(ids, work), expected, rtol=1e-12)
+    np.testing.assert_allclose(model.cautious(ids, work), cautious, rtol=1e-12)
