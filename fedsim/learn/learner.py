@@ -11,8 +11,9 @@ fleet's averaged importance), nested over ratios, and over rounds where groups c
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from fedsim.learn.importance import Criterion, GroupScores, find_criterion
 from fedsim.learn.lora import LoraModel, initial_adapter
 from fedsim.learn.peft_folder import write_peft_folder
 from fedsim.learn.selection import grow, select
+from fedsim.learn.store import ClientStore
 from fedsim.learn.train import ClientData, Job, ReferenceTrainer, Trainer, TrainRule, Update
 from fedsim.settings import Config
 from fedsim.specs import (
@@ -45,6 +47,10 @@ from fedsim.specs import (
 from fedsim.structure import Structure
 
 EVALUATION_BATCH = 64
+_SAME_FOR_ALL = ("magnitude",)
+"""Static criteria that look at the frozen weights alone."""
+_STATIC_BYTES = 1 << 26
+"""Room for a static criterion's scores of single clients."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +71,8 @@ class LoraLearner:
     def __init__(self, parts: LearnerParts, adapter: Adapter) -> None:
         self._parts = parts
         self._adapter = adapter
-        self._structures: dict[int, Structure] = {}
-        self._scores: dict[int, GroupScores] = {}
-        self._static: dict[int, GroupScores] = {}
-        self._fleet: GroupScores | None = None  # the mean of _scores; None when it must be taken anew
+        self._store = ClientStore(parts.backbone.shape)
+        self._static = _static_scores(parts)
         self._common = Structure.full(parts.backbone.shape)  # what every device keeps so far (common structure)
         self._pending: dict[int, Job] = {}  # by ticket, in the order of dispatch
         self._trained: dict[int, tuple[Job, Update]] = {}
@@ -112,14 +116,14 @@ class LoraLearner:
 
     def _freeze(self, request: LocalRequest) -> Job:
         client = request.client
-        start, mask = self._structure(client), None
+        start, mask = self._store.structure(client), None
         if request.prune and self._is_common:
             mask = self._common_mask(request.ratio_target)
             if self._parts.config.prune.reversible:
                 start = start.joined(mask)
         elif request.prune:
             start = self._dispatched(client, start, request.ratio_target)
-        return Job(request, self._adapter, start, self._scores.get(client), self._guide(client), mask)
+        return Job(request, self._adapter, start, self._store.scores(client), self._guide(client), mask)
 
     def _as_results(self, done: Sequence[tuple[Job, Update]]) -> LocalResults:
         shape = self._parts.backbone.shape
@@ -152,13 +156,12 @@ class LoraLearner:
         for client, outcome, update in zip(results.clients.tolist(), results.outcome.tolist(), payload, strict=True):
             if not isinstance(update, Update) or outcome != Outcome.OK:
                 raise ValueError(f"client {client} has no usable update to aggregate")
-            self._structures[client] = update.structure
+            self._store.put_structure(client, update.structure)
             self._common = self._common.within(update.structure)
             if update.scores is not None:
-                self._scores[client] = update.scores
+                self._store.put_scores(client, update.scores)
             contributions.append(Contribution(update.adapter, update.structure, update.samples, update.lora_importance))
         if contributions:
-            self._fleet = None
             model = self._parts.config.model
             self._adapter = merge(
                 self._adapter,
@@ -176,18 +179,18 @@ class LoraLearner:
         for place, (client, ratio) in enumerate(zip(clients, ratios, strict=True)):
             number, target = int(client), float(ratio)
             if self._is_common:
-                mask, own = self._common_mask(target), self._structure(number)
+                mask, own = self._common_mask(target), self._store.structure(number)
                 structure = mask if self._parts.config.prune.reversible else mask.within(own)
             else:
-                structure = self._grown(number, self._structure(number), target)
+                structure = self._grown(number, self._store.structure(number), target)
                 structure = select(self._ranking(number), structure, shape, target, selection)
-            self._structures[number] = structure
+            self._store.put_structure(number, structure)
             achieved[place] = structure.ratio(shape)
         return achieved
 
     def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation:
         """Panel mean of accuracy and loss, and the consensus model's accuracy."""
-        structures = [self._structure(int(client)) for client in panel]
+        structures = [self._store.structure(int(client)) for client in panel]
         results = measure_structures(
             self._parts.model, self._adapter, [*structures, self._consensus(consensus_ratio)], self._parts.test_batches
         )
@@ -205,9 +208,6 @@ class LoraLearner:
     def _rank_max(self) -> int:
         """Rank of the global adapter: the largest on offer, or the one rank where all use it."""
         return self._adapter.rank
-
-    def _structure(self, client: int) -> Structure:
-        return self._structures.get(client, Structure.full(self._parts.backbone.shape))
 
     @property
     def _is_common(self) -> bool:
@@ -248,40 +248,22 @@ class LoraLearner:
 
     def _guide(self, client: int) -> GroupScores | None:
         """Scores of a static criterion, which take the place of a client's own average; else None."""
-        static = self._parts.criterion.static
-        if static is not None:
-            # One mask for all is client 0's draw.
-            owner = 0 if self._is_common else client
-            if owner not in self._static:
-                self._static[owner] = static(self._parts.backbone, self._parts.config.seed, owner)
-            return self._static[owner]
-        return None
+        return None if self._static is None else self._static(client)
 
     def _ranking(self, client: int) -> GroupScores:
         """Scores by which a client's groups are ranked outside a job: its guide, its own, or the fleet's."""
-        own = None if self._is_common else self._scores.get(client)
-        for scores in (self._guide(client), own, self._fleet_scores()):
-            if scores is not None:
-                return scores
-        return GroupScores.zeros(self._parts.backbone.shape)
-
-    def _fleet_scores(self) -> GroupScores | None:
-        """The mean over all clients that have scores; None before the first."""
-        if self._fleet is None and self._scores:
-            known = [self._scores[client] for client in sorted(self._scores)]
-            heads, channels = np.zeros_like(known[0].heads), np.zeros_like(known[0].channels)
-            for scores in known:
-                heads += scores.heads
-                channels += scores.channels
-            self._fleet = GroupScores(heads / len(known), channels / len(known))
-        return self._fleet
+        scores = self._guide(client)
+        if scores is None and not self._is_common:
+            scores = self._store.scores(client)
+        if scores is None:
+            scores = self._store.fleet_scores()
+        return GroupScores.zeros(self._parts.backbone.shape) if scores is None else scores
 
     def _consensus(self, ratio: float) -> Structure:
         """One structure for all: cut to `ratio` by the averaged importance."""
         shape = self._parts.backbone.shape
         full = Structure.full(shape)
-        static = self._parts.criterion.static
-        scores = self._guide(0) if static is not None else self._fleet_scores()
+        scores = self._guide(0) if self._static is not None else self._store.fleet_scores()
         if ratio <= 0.0 or scores is None:
             return full
         return select(scores, full, shape, ratio, self._parts.config.prune.selection)
@@ -296,16 +278,7 @@ class LoraLearner:
         for name, tensor in self._adapter.head.items():
             arrays[f"head.{name}"] = tensor.cpu().numpy()
         arrays["common_heads"], arrays["common_channels"] = self._common.head_mask, self._common.channel_mask
-        pruned = sorted(self._structures)
-        scored = sorted(self._scores)
-        arrays["structure_clients"] = np.array(pruned, dtype=np.int64)
-        arrays["score_clients"] = np.array(scored, dtype=np.int64)
-        if pruned:
-            arrays["head_mask"] = np.stack([self._structures[client].head_mask for client in pruned])
-            arrays["channel_mask"] = np.stack([self._structures[client].channel_mask for client in pruned])
-        if scored:
-            arrays["head_scores"] = np.stack([self._scores[client].heads for client in scored])
-            arrays["channel_scores"] = np.stack([self._scores[client].channels for client in scored])
+        arrays.update(self._store.state())
         return arrays
 
     def restore(self, state: State) -> None:
@@ -319,15 +292,25 @@ class LoraLearner:
             {name: _tensor(state[f"head.{name}"], device) for name in self._adapter.head},
         )
         self._common = Structure(state["common_heads"].astype(bool), state["common_channels"].astype(bool))
-        self._structures = {
-            int(client): Structure(state["head_mask"][i].astype(bool), state["channel_mask"][i].astype(bool))
-            for i, client in enumerate(state["structure_clients"])
-        }
-        self._scores = {
-            int(client): GroupScores(state["head_scores"][i], state["channel_scores"][i])
-            for i, client in enumerate(state["score_clients"])
-        }
-        self._fleet = None
+        self._store.restore(state)
+
+
+def _static_scores(parts: LearnerParts) -> Callable[[int], GroupScores] | None:
+    """Scores of a static criterion by client, or None where the criterion is not static.
+
+    One result where it cannot depend on the client, or one mask serves all (client 0's draw). Else those last used are
+    held, as many as fit a fixed room, and others are computed again.
+    """
+    static, config, shape = parts.criterion.static, parts.config, parts.backbone.shape
+    if static is None:
+        return None
+    if config.prune.structure == "common" or config.prune.criterion in _SAME_FOR_ALL:
+        once = lru_cache(maxsize=1)(lambda: static(parts.backbone, config.seed, 0))
+        return lambda client: once()
+    row_bytes = 8 * shape.layers * (shape.head_groups + shape.ffn)
+    return lru_cache(maxsize=max(1, _STATIC_BYTES // row_bytes))(
+        lambda client: static(parts.backbone, config.seed, client)
+    )
 
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
