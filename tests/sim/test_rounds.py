@@ -75,13 +75,11 @@ def test_the_cases_that_matter_are_met(options, outcomes):
 
 
 def test_ties_behind_a_phase_that_takes_no_time():
-    """At 1e17 s a second is lost in rounding: three phases end at one moment, and all updates arrive."""
-    fleet = ToyFleet([0.0, 64.0, 64.0], [1.0, 1.0, 1.0], [64.0, 0.0, 1.0])
-    pair = both(
-        fleet, ServerSettings(rounds=1, clients_per_round=1, over_selection=2.0), ToyStrategy, SimState(0, 1e17)
-    )
+    """At 1e17 s a second is lost in rounding: two phases end with the download, at the deadline; the update counts."""
+    fleet = ToyFleet([64.0, 0.0], [1.0, 1.0], [0.0, 128.0])
+    pair = both(fleet, ServerSettings(rounds=1, deadline_s=64.0), ToyStrategy, SimState(0, 1e17))
     assert_same(*pair)
-    assert (pair[0][1][0].outcome == Outcome.OK).all()
+    assert pair[0][1][0].outcome.tolist() == [Outcome.OK, Outcome.LATE]
 
 
 @pytest.mark.parametrize("name", ["fedspine-80", "fedspine-80-modes"])
