@@ -35,6 +35,10 @@ class RunError(FedsimError):
     """A run directory is missing, locked, finished, damaged or cannot be written."""
 
 
+class ResourceError(FedsimError):
+    """The machine cannot go on: no memory for one client, or a device that failed."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the allowed name closest to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)

@@ -146,9 +146,17 @@ def batch_stream(
     Raises:
         ValueError: no samples (at the call, not at the first batch).
     """
+    chosen = sample_stream(indices, batch_size, seed, client, round_index)
+    return (make_batch(encoded, batch, device) for batch in chosen)
+
+
+def sample_stream(
+    indices: ArrayLike, batch_size: int, seed: int, client: int, round_index: int
+) -> Iterator[IntArray]:
+    """The sample numbers behind the batches of `batch_stream`."""
     samples = _some(indices, client)
     order = generator(seed, Stream.BATCH_ORDER, client, round_index)
-    return _passes(encoded, samples, min(batch_size, len(samples)), order, device)
+    return _passes(samples, min(batch_size, len(samples)), order)
 
 
 def fixed_batch(
@@ -159,9 +167,14 @@ def fixed_batch(
     Raises:
         ValueError: no samples.
     """
+    return make_batch(encoded, fixed_samples(indices, size, seed, client), device)
+
+
+def fixed_samples(indices: ArrayLike, size: int, seed: int, client: int) -> IntArray:
+    """The sample numbers behind `fixed_batch`."""
     samples = _some(indices, client)
     draw = generator(seed, Stream.PROBE_BATCH, client).permutation(len(samples))[: max(1, size)]
-    return make_batch(encoded, samples[np.sort(draw)], device)
+    return samples[np.sort(draw)]
 
 
 def eval_batches(
@@ -187,14 +200,12 @@ def in_original_order(outputs: torch.Tensor, order: torch.Tensor) -> torch.Tenso
     return restored
 
 
-def _passes(
-    encoded: EncodedText, samples: IntArray, size: int, order: np.random.Generator, device: torch.device
-) -> Iterator[Batch]:
+def _passes(samples: IntArray, size: int, order: np.random.Generator) -> Iterator[IntArray]:
     waiting = np.empty(0, dtype=np.int64)
     while True:
         if len(waiting) < size:
             waiting = np.concatenate([waiting, order.permutation(samples)])
-        yield make_batch(encoded, waiting[:size], device)
+        yield waiting[:size]
         waiting = waiting[size:]
 
 

@@ -19,7 +19,7 @@ from torch import nn
 from fedsim.errors import ConfigError
 from fedsim.learn.adapter import Adapter, Factors
 from fedsim.learn.backbone import Backbone
-from fedsim.learn.linears import Targets, kept_columns, kept_rows, prunable_linears, target_linears
+from fedsim.learn.linears import PrunableLinear, Targets, kept_columns, kept_rows, prunable_linears, target_linears
 from fedsim.learn.slicing import apply_structure, check_structure, take
 from fedsim.rng import Stream, generator
 from fedsim.structure import ModelShape, Structure
@@ -245,20 +245,30 @@ def restrict(
     if rank < 1:
         raise ValueError(f"LoRA rank {rank} is below 1")
     factors: dict[str, Factors] = {}
-    for place, linear in enumerate(prunable_linears(shape)):
+    for linear in prunable_linears(shape):
         if linear.name not in adapter.factors:
             continue
         a, b = adapter.factors[linear.name]
         if rank > a.shape[0]:
-            if key is None:
-                raise ValueError(f"rank {rank} exceeds the adapter's {a.shape[0]}, and there is no key for new rows")
-            seed, client, round_index = key
-            extra = _kaiming_rows(rank - a.shape[0], linear.d_in, seed, place, client, round_index)
-            a = torch.cat([a, extra.to(a)], dim=0)
+            a = torch.cat([a, extra_rows(rank - a.shape[0], shape, linear, key).to(a)], dim=0)
             b = torch.cat([b, b.new_zeros(b.shape[0], rank - b.shape[1])], dim=1)
         rows, columns = kept_rows(linear, structure, shape), kept_columns(linear, structure, shape)
         factors[linear.name] = (take(a[:rank], 1, columns), take(b[:, :rank], 0, rows))
     return Adapter(factors, dict(adapter.head))
+
+
+def extra_rows(
+    rows: int, shape: ModelShape, linear: PrunableLinear, key: tuple[int, int, int] | None
+) -> torch.Tensor:
+    """Rows of A for a rank above the global adapter's, ``(rows, d_in)``: from the client's own stream in that round.
+
+    Raises:
+        ValueError: there is no key.
+    """
+    if key is None:
+        raise ValueError(f"{rows} rows beyond the adapter's rank are asked for, and there is no key for them")
+    seed, client, round_index = key
+    return _kaiming_rows(rows, linear.d_in, seed, prunable_linears(shape).index(linear), client, round_index)
 
 
 def _kaiming_rows(rows: int, d_in: int, seed: int, *key: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from fedsim.learn.importance import Criterion, GroupScores, lora_importance, smo
 from fedsim.learn.lora import LoraModel, restrict
 from fedsim.learn.selection import select
 from fedsim.specs import IntArray, LocalRequest, Outcome
-from fedsim.structure import Structure
+from fedsim.structure import ModelShape, Structure
 
 PROBE_SAMPLES = 8
 """Samples of the fixed probe batch on which a job's loss is measured before and after."""
@@ -165,16 +165,7 @@ class ReferenceTrainer:
     def _prune(
         self, job: Job, structure: Structure, scores: GroupScores | None, optimizer: torch.optim.Optimizer
     ) -> Structure:
-        """Shrink to the ready mask, or to the target by the guide or the client's own average."""
-        if job.mask is not None:
-            return self._shrink(job.mask.within(structure), structure, optimizer)
-        guide = job.guide if job.guide is not None else scores
-        if guide is None:
-            raise RuntimeError(f"client {job.request.client} is to prune, but no importance was ever estimated")
-        target = select(guide, structure, self._model.backbone.shape, job.request.ratio_target, self._rule.selection)
-        return self._shrink(target, structure, optimizer)
-
-    def _shrink(self, target: Structure, structure: Structure, optimizer: torch.optim.Optimizer) -> Structure:
+        target = target_structure(job, structure, scores, self._model.backbone.shape, self._rule.selection)
         if not target.same_as(structure):
             self._model.prune_with_optimizer(target, optimizer)
         return target
@@ -182,3 +173,15 @@ class ReferenceTrainer:
     @torch.no_grad()
     def _probe_loss(self, probe: Batch) -> float:
         return float(torch.nn.functional.cross_entropy(self._model.logits(probe), probe.labels))
+
+
+def target_structure(
+    job: Job, structure: Structure, scores: GroupScores | None, shape: ModelShape, selection: str
+) -> Structure:
+    """What a job shrinks `structure` to: its ready mask, or its ratio by the guide or the client's own average."""
+    if job.mask is not None:
+        return job.mask.within(structure)
+    guide = job.guide if job.guide is not None else scores
+    if guide is None:
+        raise RuntimeError(f"client {job.request.client} is to prune, but no importance was ever estimated")
+    return select(guide, structure, shape, job.request.ratio_target, selection)

@@ -1,0 +1,234 @@
+"""A cohort's weights: frozen ones shared or sliced per client, LoRA factors and heads stacked over clients.
+
+Two forms. *Sliced*: every client's weights have its own widths (padded to the widest of the cohort; shared where all
+keep the same). *Masked*: all share the unpruned weights, and a mask hides pruned heads and channels from the two
+projections that read them. Both are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedsim.learn.adapter import Adapter
+from fedsim.learn.backbone import Backbone
+from fedsim.learn.cohort.axes import COLUMN_PRUNED, HEAD_ROLES, Widths
+from fedsim.learn.cohort.kernels import Frozen, StackedFactors
+from fedsim.learn.linears import PrunableLinear, group_width, prunable_linears
+from fedsim.learn.lora import extra_rows
+from fedsim.learn.slicing import check_structure
+from fedsim.structure import Structure
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What every cohort of a run is cut from.
+
+    Attributes:
+        targets: the Linears that carry LoRA.
+        alpha_over_rank: c of ``dW = c B A``.
+        frozen: unpruned weights and biases by Linear, in the type of the large products.
+        dtype: of activations, factors and heads.
+        sliced: which of the two forms.
+    """
+
+    backbone: Backbone
+    targets: tuple[PrunableLinear, ...]
+    alpha_over_rank: float
+    frozen: Mapping[str, Frozen]
+    dtype: torch.dtype
+    sliced: bool
+
+
+@dataclass(frozen=True)
+class Member:
+    """One client of a cohort.
+
+    Attributes:
+        rank: LoRA rank, any.
+        key: (seed, client, round) of the random rows beyond the adapter's rank.
+    """
+
+    structure: Structure
+    rank: int
+    key: tuple[int, int, int] | None
+
+
+class CohortStack:
+    """Weights of one cohort, from one global adapter.
+
+    Attributes:
+        structures, widths: what the clients keep now, by client and as axes of the weights.
+        factors: by Linear ``A (C, r, i)`` and ``B' (C, r, o)``, r the highest rank; lower ranks end in zeros, whose
+            gradients are zero.
+        head: ``(C, ...)`` by parameter name.
+    """
+
+    def __init__(self, base: Base, adapter: Adapter, members: Sequence[Member]) -> None:
+        """Raises ValueError where an adapter or a structure does not fit the model."""
+        for member in members:
+            check_structure(base.backbone, member.structure)
+        if set(adapter.factors) != {linear.name for linear in base.targets}:
+            raise ValueError(f"adapter has factors for {len(adapter.factors)} linears, not for {len(base.targets)}")
+        self.base = base
+        self.structures = tuple(member.structure for member in members)
+        self.members = tuple(members)
+        self.ranks = np.array([member.rank for member in members])
+        self.widths = self._widths([member.structure for member in members])
+        self.factors: dict[str, StackedFactors] = {
+            linear.name: self._first_factors(adapter, linear) for linear in base.targets
+        }
+        self.head = {
+            name: torch.stack([adapter.head[name].to(base.dtype)] * self.clients) for name in base.backbone.head_names
+        }
+        self._refresh()
+
+    @property
+    def clients(self) -> int:
+        """C."""
+        return len(self.members)
+
+    @property
+    def trained(self) -> list[torch.Tensor]:
+        """All trained tensors: A and B' of each target in block order, then the head."""
+        return [tensor for linear in self.base.targets for tensor in self.factors[linear.name]] + list(
+            self.head.values()
+        )
+
+    def frozen(self, linear: PrunableLinear) -> Frozen:
+        """Weight and bias of one Linear at the present widths."""
+        return self._frozen[linear.name]
+
+    def mask(self, linear: PrunableLinear) -> torch.Tensor | None:
+        """``(C, 1, features)``: 1 where a client keeps an input of this column-pruned Linear; None where all stay."""
+        return self._masks.get(linear.name)
+
+    def require_grad(self) -> None:
+        """Make leaves of the trained tensors."""
+        for tensor in self.trained:
+            tensor.requires_grad_(True)
+
+    def prune(self, structures: Sequence[Structure], optimizer: torch.optim.Optimizer) -> None:
+        """Shrink to `structures`, each within what its client keeps; the optimizer's moments are sliced alike.
+
+        Raises:
+            ValueError: a structure brings a group back.
+        """
+        old = self.widths
+        new = self._widths(structures)
+        grown = (new.head_masks & ~old.head_masks).any() or (new.channel_masks & ~old.channel_masks).any()
+        if grown:
+            raise ValueError("pruning cannot bring a group back; start the job from the grown structure instead")
+        self.widths, self.structures = new, tuple(structures)
+        if self.base.sliced:
+            for linear in self.base.targets:
+                a, b = self.factors[linear.name]
+                axis = new.features(linear).within(old.features(linear), self.clients)
+                if linear.role in COLUMN_PRUNED:
+                    a = _moved(a, axis.of_stack, optimizer)
+                else:
+                    b = _moved(b, axis.of_stack, optimizer)
+                self.factors[linear.name] = (a, b)
+        self._refresh()
+
+    def read(self) -> list[Adapter]:
+        """Every client's factors at its own widths and rank, and its head: detached copies."""
+        clients: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in self.members]
+        device = self.base.backbone.device
+        for linear in self.base.targets:
+            a, b = (factor.detach() for factor in self.factors[linear.name])
+            is_columns = linear.role in COLUMN_PRUNED
+            masks = self._group_masks(linear)
+            counts = masks.sum(axis=1) * group_width(linear, self.base.backbone.shape)
+            is_hidden = not self.base.sliced and not masks.all()
+            for client, own in enumerate(clients):
+                rank, own_a, own_b = int(self.ranks[client]), a[client], b[client]
+                kept: slice | torch.Tensor = slice(int(counts[client]))
+                if is_hidden:
+                    places = np.flatnonzero(
+                        np.repeat(masks[client], group_width(linear, self.base.backbone.shape))
+                    )
+                    kept = torch.from_numpy(places).to(device)
+                if is_columns:
+                    own[linear.name] = own_a[:rank, kept].clone(), own_b[:rank].T.contiguous().clone()
+                else:
+                    own[linear.name] = own_a[:rank].clone(), own_b[:rank, kept].T.contiguous().clone()
+        heads = {name: tensor.detach() for name, tensor in self.head.items()}
+        return [
+            Adapter(own, {name: tensor[client].clone() for name, tensor in heads.items()})
+            for client, own in enumerate(clients)
+        ]
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _group_masks(self, linear: PrunableLinear) -> np.ndarray:
+        masks = self.widths.head_masks if linear.role in HEAD_ROLES else self.widths.channel_masks
+        layer: np.ndarray = masks[:, linear.layer]
+        return layer
+
+    def _widths(self, structures: Sequence[Structure]) -> Widths:
+        return Widths.of(self.base.backbone.shape, structures, self.base.sliced, self.base.backbone.device)
+
+    def _first_factors(self, adapter: Adapter, linear: PrunableLinear) -> StackedFactors:
+        base, highest = self.base, int(self.ranks.max())
+        a, b = (factor.to(base.dtype) for factor in adapter.factors[linear.name])
+        known = min(highest, a.shape[0])
+        # A mask over ranks: rows beyond a client's own are zero.
+        own = torch.from_numpy(np.arange(highest) < self.ranks[:, None]).to(a)
+        stack_a = a.new_zeros(self.clients, highest, a.shape[1])
+        stack_b = b.new_zeros(self.clients, highest, b.shape[0])
+        stack_a[:, :known] = a[:known]
+        stack_b[:, :known] = b[:, :known].T
+        for client, member in enumerate(self.members):
+            if member.rank > a.shape[0]:
+                rows = extra_rows(member.rank - a.shape[0], base.backbone.shape, linear, member.key)
+                stack_a[client, a.shape[0] : member.rank] = rows.to(a)
+        stack_a *= own.unsqueeze(-1)
+        stack_b *= own.unsqueeze(-1)
+        axis = self.widths.features(linear)
+        if linear.role in COLUMN_PRUNED:
+            stack_a = axis.of_stack(stack_a)
+        else:
+            stack_b = axis.of_stack(stack_b)
+        return stack_a, stack_b
+
+    def _refresh(self) -> None:
+        """Frozen weights, or masks, for the present widths."""
+        self._frozen: dict[str, Frozen] = {}
+        self._masks: dict[str, torch.Tensor] = {}
+        for linear in prunable_linears(self.base.backbone.shape):
+            weight, bias = self.base.frozen[linear.name]
+            axis = self.widths.features(linear)
+            if linear.role in COLUMN_PRUNED:
+                self._frozen[linear.name] = axis.of_shared(weight, 1), bias
+            else:
+                self._frozen[linear.name] = (
+                    axis.of_shared(weight, 0),
+                    None if bias is None else axis.of_shared(bias, 0),
+                )
+            if not self.base.sliced and linear.role in COLUMN_PRUNED:
+                masks = self._group_masks(linear)
+                if not masks.all():
+                    features = np.repeat(masks, group_width(linear, self.base.backbone.shape), axis=1)
+                    kept = torch.from_numpy(features).to(self.base.backbone.device, self.base.dtype)
+                    self._masks[linear.name] = kept.unsqueeze(1)
+
+
+def _moved(tensor: torch.Tensor, keep, optimizer: torch.optim.Optimizer) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    """A trained tensor with part of its places, and with the same part of its moments."""
+    new = keep(tensor.detach())
+    if new.shape == tensor.shape and new.data_ptr() == tensor.data_ptr():
+        return tensor
+    new = new.clone().requires_grad_(True)
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is tensor else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(tensor, None)
+    if state is not None:
+        optimizer.state[new] = {
+            key: keep(value) if isinstance(value, torch.Tensor) and value.shape == tensor.shape else value
+            for key, value in state.items()
+        }
+    return new

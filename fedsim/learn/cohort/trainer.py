@@ -1,0 +1,156 @@
+"""Local training of many clients at once; implements `fedsim.learn.train.Trainer`.
+
+The algorithm is the reference trainer's (`fedsim.learn.train`), step for step; results agree to rounding. One AdamW
+runs over the stacked tensors (it is elementwise), the losses of all clients are added, and as no client's tensor enters
+another's loss, a client whose gradients are not finite spoils nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+
+from fedsim.learn.batches import fixed_samples, sample_stream
+from fedsim.learn.cohort.forward import CohortModel
+from fedsim.learn.cohort.pack import PackedBatch, pack
+from fedsim.learn.cohort.plan import ChunkPlan, cohorts
+from fedsim.learn.cohort.scores import CohortScores, find_estimate, lora_importance_cohort
+from fedsim.learn.cohort.stack import Base, CohortStack, Member
+from fedsim.learn.train import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
+from fedsim.specs import IntArray, Outcome
+
+
+class CohortTrainer:
+    """Trains pending jobs in chunks of clients.
+
+    Args:
+        base: frozen weights and LoRA's places, masked or sliced.
+        plan: how many clients make a chunk.
+    Raises:
+        ConfigError: a criterion that cannot be estimated for a cohort.
+    """
+
+    def __init__(self, model: CohortModel, base: Base, data: ClientData, rule: TrainRule, plan: ChunkPlan) -> None:
+        self._model, self._base, self._data, self._rule = model, base, data, rule
+        self._plan = plan
+        self._estimate = find_estimate(rule.criterion)
+
+    def train(self, jobs: Sequence[Job]) -> list[Update]:
+        """One update per job, in order."""
+        updates: dict[int, Update] = {}
+
+        def work(chunk: Sequence[int]) -> None:
+            updates.update(zip(chunk, self._train_chunk([jobs[place] for place in chunk]), strict=True))
+
+        for places in cohorts(jobs):
+            self._plan.run(places, work)
+        return [updates[place] for place in range(len(jobs))]
+
+    def _train_chunk(self, jobs: Sequence[Job]) -> list[Update]:
+        model, rule, request = self._model, self._rule, jobs[0].request
+        members = [
+            Member(job.start, job.request.rank, (rule.seed, job.request.client, job.request.round_index))
+            for job in jobs
+        ]
+        stack = CohortStack(self._base, jobs[0].adapter, members)
+        probe = self._pack(
+            [
+                fixed_samples(self._data.parts[job.request.client], PROBE_SAMPLES, rule.seed, job.request.client)
+                for job in jobs
+            ]
+        )
+        loss_before = self._probe(stack, probe)
+        stack.require_grad()
+        optimizer = torch.optim.AdamW(stack.trained, lr=request.learning_rate, weight_decay=0.0, fused=True)
+        structures = [job.start for job in jobs]
+        scores = CohortScores.of([job.scores for job in jobs], stack.widths)
+        estimated = False
+        prune_at = request.local_steps - request.recovery_steps
+        finite = torch.ones(len(jobs), dtype=torch.bool, device=self._base.backbone.device)
+        importance = torch.full((len(jobs),), float("nan"), dtype=torch.float64)
+
+        def prune() -> None:
+            nonlocal structures
+            structures = [
+                target_structure(
+                    job,
+                    structure,
+                    scores.client(place) if estimated or job.scores is not None else None,
+                    self._base.backbone.shape,
+                    rule.selection,
+                )
+                for place, (job, structure) in enumerate(zip(jobs, structures, strict=True))
+            ]
+            stack.prune(structures, optimizer)
+
+        for step, batch in enumerate(self._batches(jobs, request.local_steps)):
+            if request.prune and step == prune_at:
+                prune()
+            optimizer.zero_grad(set_to_none=True)
+            losses = model.losses(batch, stack)
+            finite &= losses.detach().isfinite()
+            losses.sum().backward()
+            if self._estimate is not None and (step + 1) % rule.importance_every == 0:
+                scores = scores.smoothed(self._estimate(stack), steps=rule.importance_every)
+                estimated = True
+            if step == request.local_steps - 1:
+                importance = lora_importance_cohort(stack)
+            optimizer.step()
+        if request.prune and prune_at == request.local_steps:
+            prune()
+        loss_after = self._probe(stack, probe)
+        return self._updates(jobs, stack, scores if estimated else None, (loss_before, loss_after, importance, finite))
+
+    def _updates(
+        self,
+        jobs: Sequence[Job],
+        stack: CohortStack,
+        scores: CohortScores | None,
+        measured: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> list[Update]:
+        # The only wait for the device beside the scores': everything at once.
+        before, after, importance, finite = torch.stack([value.double().cpu() for value in measured]).tolist()
+        updates = []
+        for place, (job, adapter) in enumerate(zip(jobs, stack.read(), strict=True)):
+            whole = bool(finite[place]) and torch.tensor([after[place], importance[place]]).isfinite().all()
+            updates.append(
+                Update(
+                    adapter=adapter,
+                    structure=stack.structures[place],
+                    scores=job.scores if scores is None else scores.client(place),
+                    samples=len(self._data.parts[job.request.client]),
+                    loss_before=before[place],
+                    loss_after=after[place] if finite[place] else float("nan"),
+                    lora_importance=importance[place] if finite[place] else float("nan"),
+                    outcome=Outcome.OK if whole else Outcome.NON_FINITE,
+                )
+            )
+        return updates
+
+    def _batches(self, jobs: Sequence[Job], steps: int) -> list[PackedBatch]:
+        """Every step's batch, sent ahead so that a card never waits for the host."""
+        streams = [
+            islice(
+                sample_stream(
+                    self._data.parts[job.request.client],
+                    self._rule.batch_size,
+                    self._rule.seed,
+                    job.request.client,
+                    job.request.round_index,
+                ),
+                steps,
+            )
+            for job in jobs
+        ]
+        return [self._pack(samples) for samples in zip(*streams, strict=True)]
+
+    def _pack(self, samples: Sequence[IntArray]) -> PackedBatch:
+        return pack(
+            self._data.text, samples, self._model.pack_rule, self._base.backbone.device, self._base.dtype
+        )
+
+    @torch.no_grad()
+    def _probe(self, stack: CohortStack, probe: PackedBatch) -> torch.Tensor:
+        return self._model.losses(probe, stack)
