@@ -74,6 +74,7 @@ class LoraLearner:
         self._store = ClientStore(parts.backbone.shape)
         self._static = _static_scores(parts)
         self._common = Structure.full(parts.backbone.shape)  # what every device keeps so far (common structure)
+        self._masks: dict[float, Structure] = {}  # common masks by ratio, till the next aggregation
         self._pending: dict[int, Job] = {}  # by ticket, in the order of dispatch
         self._trained: dict[int, tuple[Job, Update]] = {}
         self._next_ticket = 0
@@ -162,6 +163,7 @@ class LoraLearner:
                 self._store.put_scores(client, update.scores)
             contributions.append(Contribution(update.adapter, update.structure, update.samples, update.lora_importance))
         if contributions:
+            self._masks.clear()
             model = self._parts.config.model
             self._adapter = merge(
                 self._adapter,
@@ -174,19 +176,29 @@ class LoraLearner:
 
     def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:
         """Prune clients at once, without training; one that may grow back does so where its ratio falls."""
-        shape, selection = self._parts.backbone.shape, self._parts.config.prune.selection
+        cut_one = self._cut_common if self._is_common else self._cut_own
+        # By ratio: clients that never took part are all alike, unless a static criterion tells them apart.
+        newcomers: dict[float, Structure] = {}
         achieved = np.empty(len(clients))
-        for place, (client, ratio) in enumerate(zip(clients, ratios, strict=True)):
-            number, target = int(client), float(ratio)
-            if self._is_common:
-                mask, own = self._common_mask(target), self._store.structure(number)
-                structure = mask if self._parts.config.prune.reversible else mask.within(own)
-            else:
-                structure = self._grown(number, self._store.structure(number), target)
-                structure = select(self._ranking(number), structure, shape, target, selection)
-            self._store.put_structure(number, structure)
-            achieved[place] = structure.ratio(shape)
+        for place, (client, ratio) in enumerate(zip(clients.tolist(), ratios.tolist(), strict=True)):
+            alike = self._static is None and client not in self._store
+            structure = newcomers.get(ratio) if alike else None
+            if structure is None:
+                structure = cut_one(client, ratio)
+            if alike:
+                newcomers[ratio] = structure
+            self._store.put_structure(client, structure)
+            achieved[place] = structure.ratio(self._parts.backbone.shape)
         return achieved
+
+    def _cut_common(self, client: int, ratio: float) -> Structure:
+        mask = self._common_mask(ratio)
+        return mask if self._parts.config.prune.reversible else mask.within(self._store.structure(client))
+
+    def _cut_own(self, client: int, ratio: float) -> Structure:
+        structure = self._grown(client, self._store.structure(client), ratio)
+        shape, selection = self._parts.backbone.shape, self._parts.config.prune.selection
+        return select(self._ranking(client), structure, shape, ratio, selection)
 
     def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation:
         """Panel mean of accuracy and loss, and the consensus model's accuracy."""
@@ -219,12 +231,15 @@ class LoraLearner:
         Where groups cannot come back it goes on from what all devices keep already, so that a device that was sampled
         late ends with the same mask as the others.
         """
-        prune, shape = self._parts.config.prune, self._parts.backbone.shape
-        scores = self._ranking(0)
-        base = Structure.full(shape) if prune.reversible else self._common
-        if base.ratio(shape) > ratio and prune.selection == "layer_local":
-            return grow(scores, base, shape, ratio)
-        return select(scores, base, shape, ratio, prune.selection)
+        if ratio not in self._masks:
+            prune, shape = self._parts.config.prune, self._parts.backbone.shape
+            scores = self._ranking(0)
+            base = Structure.full(shape) if prune.reversible else self._common
+            if base.ratio(shape) > ratio and prune.selection == "layer_local":
+                self._masks[ratio] = grow(scores, base, shape, ratio)
+            else:
+                self._masks[ratio] = select(scores, base, shape, ratio, prune.selection)
+        return self._masks[ratio]
 
     def _dispatched(self, client: int, structure: Structure, ratio: float) -> Structure:
         """What a job starts with. Counts per layer say what comes back under ``layer_local`` only."""
@@ -293,6 +308,7 @@ class LoraLearner:
         )
         self._common = Structure(state["common_heads"].astype(bool), state["common_channels"].astype(bool))
         self._store.restore(state)
+        self._masks.clear()
 
 
 def _static_scores(parts: LearnerParts) -> Callable[[int], GroupScores] | None:

@@ -31,34 +31,30 @@ class Scores(Protocol):
         """Shape ``(layers, ffn)``."""
 
 
-def select(
-    scores: Scores, start: Structure, shape: ModelShape, ratio: float, selection: str, reversible_pool: bool = False
-) -> Structure:
+def select(scores: Scores, start: Structure, shape: ModelShape, ratio: float, selection: str) -> Structure:
     """Keep the best groups until the pruning ratio is reached.
 
     Ties go to the lower index (in ``global``: lower layer, then heads before channels, then lower index). A structure
     that is pruned further than asked stays as it is: nothing grows back here (see `grow`).
 
     Args:
-        start: only its groups may be kept, unless `reversible_pool`.
+        start: only its groups may be kept.
         ratio: cumulative pruning ratio to reach. ``layer_local`` takes the nearest counts, so that the achieved ratio
             may differ either way; ``global`` removes groups, worst first, until the ratio is reached.
         selection: ``layer_local`` or ``global``.
-        reversible_pool: choose among all groups, whatever `start` keeps.
     Raises:
         ConfigError: a ratio below 0, or above what one head group and one channel per layer leave; or an unknown
             `selection`.
     """
     _check_ratio(shape, ratio)
-    pool = Structure.full(shape) if reversible_pool else start
     heads, channels = _clean(scores.heads), _clean(scores.channels)
     if selection == "layer_local":
         keep_heads, keep_channels = kept_counts(shape, ratio)
         return Structure(
-            _best(heads, pool.head_mask, int(keep_heads)), _best(channels, pool.channel_mask, int(keep_channels))
+            _best(heads, start.head_mask, int(keep_heads)), _best(channels, start.channel_mask, int(keep_channels))
         )
     if selection == "global":
-        return _select_global(heads, channels, pool, shape, ratio)
+        return _select_global(heads, channels, start, shape, ratio)
     raise ConfigError(f"prune.selection: {unknown('value', selection, SELECTIONS)}")
 
 
@@ -91,12 +87,14 @@ def _clean(scores: ArrayLike) -> NDArray[np.float64]:
 
 
 def _best(scores: NDArray[np.float64], pool: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
-    """Per row, the `count` best members of `pool` (all of them where there are fewer)."""
-    # Members before the others, then by score, then by index: lexsort's last key ranks first, and it is stable.
-    order = np.lexsort((-scores, ~pool), axis=-1)
-    kept = np.zeros_like(pool)
-    np.put_along_axis(kept, order[:, :count], True, axis=-1)
-    return kept & pool
+    """Per row, the `count` >= 1 best members of `pool` (all of them where there are fewer); of equals the first."""
+    ranked = np.where(pool, scores, -np.inf)
+    place = ranked.shape[-1] - min(count, ranked.shape[-1])
+    # The score of the last one that stays: a partition costs a tenth of a sort by score and index.
+    last = np.partition(ranked, place, axis=-1)[..., place : place + 1]
+    above, equal = ranked > last, (ranked == last) & pool
+    room = count - above.sum(axis=-1, keepdims=True)
+    return above | (equal & (np.cumsum(equal, axis=-1) <= room))
 
 
 def _add_best(scores: NDArray[np.float64], kept: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
@@ -118,9 +116,9 @@ def _select_global(
     ).ravel()
     kept = np.hstack([pool.head_mask, pool.channel_mask])
     protected = np.hstack([_best(heads, pool.head_mask, 1), _best(channels, pool.channel_mask, 1)])
-    candidates = np.flatnonzero(kept & ~protected)
+    candidates = np.flatnonzero(kept & ~protected)[::-1]
     # Worst first; of equals the one with the higher index goes first.
-    order = candidates[np.lexsort((-candidates, per_parameter.ravel()[candidates]))]
+    order = candidates[np.argsort(per_parameter.ravel()[candidates], kind="stable")]
     to_remove = ratio * shape.prunable_weights - (shape.prunable_weights - int(weights[kept.ravel()].sum()))
     removed = np.concatenate([[0], np.cumsum(weights[order])])
     # A hair of tolerance: a ratio that is met but for rounding is met.

@@ -40,6 +40,9 @@ class _Rows:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, client: int) -> bool:
+        return client in self._places
+
     @property
     def nbytes(self) -> int:
         """Bytes of all blocks, used or not."""
@@ -95,6 +98,10 @@ class ClientStore:
         self._scores = _Rows(groups, np.float32)
         self._sum = np.zeros(groups)
         self._replaced = 0
+
+    def __contains__(self, client: int) -> bool:
+        """Whether anything is held for the client."""
+        return client in self._bits or client in self._scores
 
     @property
     def nbytes(self) -> int:

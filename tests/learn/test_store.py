@@ -73,6 +73,7 @@ def test_it_is_a_dict_of_structures_and_a_dict_of_scores(history, block_bytes, r
                     each.put_scores(client, scores[client])
         assert states_equal(held.state(), straight.state())
         for client in range(10):
+            assert (client in held) == (client in structures or client in scores)
             assert held.structure(client).same_as(structures.get(client, Structure.full(SMALL)))
             if client in scores:
                 assert_same_scores(held.scores(client), as_stored(scores[client]))
