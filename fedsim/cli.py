@@ -81,6 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="machine-readable output")
     compare.set_defaults(action=_compare)
 
+    surrogate = commands.add_parser(
+        "fit-surrogate",
+        help="fit a loss model to a finished run, to stand in for training in large fleets",
+        description="Fit a loss model to a finished run that trained. Runs with train.engine=surrogate and "
+        "train.surrogate=FILE draw losses and accuracies from it; all their outputs say so.",
+    )
+    surrogate.add_argument("run", metavar="RUN", type=Path, help="run directory, finished, with client_rounds")
+    surrogate.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSON file to write")
+    surrogate.set_defaults(action=_fit_surrogate)
+
     devices = commands.add_parser("devices", help="device profiles: every number with its status and source")
     devices.add_argument("name", nargs="?", metavar="NAME", help="device name or profile file (default: a list)")
     devices.add_argument("--json", action="store_true", help="machine-readable output")
@@ -149,6 +159,13 @@ def _compare(arguments: argparse.Namespace) -> None:
 
         paths = write_figures(runs, arguments.out, arguments.round)
         print(f"{len(paths)} files written to {arguments.out}", file=sys.stderr)
+
+
+def _fit_surrogate(arguments: argparse.Namespace) -> None:
+    from fedsim.experiment.fit_surrogate import fit_surrogate, fit_text
+
+    print(fit_text(fit_surrogate(arguments.run, arguments.out)))
+    print(f"written to {arguments.out}; use it with train.engine=surrogate train.surrogate={arguments.out}")
 
 
 def _devices(arguments: argparse.Namespace) -> None:

@@ -42,6 +42,8 @@ class Stream(IntEnum):
     TEST_SPLIT = 18
     POLICY_RANK = 19
     TEST_SAMPLE = 20
+    SURROGATE_CLIENT = 21
+    SURROGATE_NOISE = 22
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

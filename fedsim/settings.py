@@ -94,6 +94,7 @@ class TrainSettings(Section):
     """Local training. AdamW starts afresh each round; dropout is 0.
 
     ``local_steps`` is the paper's tau. ``recovery_steps`` (null: a quarter of tau) run after pruning, taken from tau.
+    ``surrogate`` is the file of a fitted loss model (``fedsim fit-surrogate``), for ``engine: surrogate`` alone.
     """
 
     local_steps: Positive = 20
@@ -102,7 +103,8 @@ class TrainSettings(Section):
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["linear", "constant"] = "linear"
     max_length: Positive = 64
-    engine: Literal["auto", "reference", "none"] = "auto"
+    engine: Literal["auto", "reference", "surrogate", "none"] = "auto"
+    surrogate: str | None = None
     precision: Literal["fp32"] = "fp32"
     torch_device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1

@@ -24,6 +24,9 @@ from fedsim.learn.linears import target_linears
 from fedsim.methods.base import Method
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.federation import Federation, Parts
+from fedsim.methods.surrogate import SurrogateLearner
+from fedsim.methods.surrogate_model import read_surrogate
+from fedsim.methods.surrogate_use import check_use, labels_of_use
 from fedsim.methods.timing import TimingLearner
 from fedsim.rng import Stream, generator
 from fedsim.settings import Config
@@ -46,6 +49,7 @@ class Experiment:
     Attributes:
         prunable_fraction: share of the learner's weights (blocks, embeddings, head) that can be pruned at all.
         facts: what the manifest says of model, data, fleet and clock.
+        labels: how far its numbers may be trusted, beside the method's own.
     """
 
     config: Config
@@ -53,6 +57,7 @@ class Experiment:
     federation: Federation
     prunable_fraction: float
     facts: dict[str, object]
+    labels: tuple[str, ...] = ()
 
 
 def ranks_on_offer(rank_max: int) -> tuple[int, ...]:
@@ -71,9 +76,8 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     """
     method = method_named(config.method)
     fleet = load_fleet(config.fleet, config.cost.precision, config.seed, perturb)
-    timing_only = config.train.engine == "none"
     corpus = None
-    if not timing_only:
+    if config.train.engine not in ("none", "surrogate"):
         say("reading data")
         corpus = _with_test_sample(load_corpus(config.data, config.seed), config)
     labels = len(corpus.label_names) if corpus else 2
@@ -84,12 +88,18 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     ask = _build_ask(config, method, shape, clock_shape)
 
     facts = _facts(config, fleet, clock_shape)
+    labels_of_learning: list[str] = []
     learner: Learner
-    if corpus is None:
+    if config.train.engine == "surrogate":
+        _check_names(config)
+        learner, more, labels_of_learning = _build_surrogate(config, method, shape, fleet.clients, participants)
+        facts |= more
+    elif corpus is None:
         _check_names(config)
         learner = TimingLearner(shape)
         facts["model"] = {"name": shape.name, "sha256": None}
         facts["data"] = {"name": None, "sha256": None, "train": 0, "test": 0}
+        labels_of_learning = ["timing only: nothing was trained"]
     else:
         learner, facts["model"] = _build_learner(config, method, corpus, fleet.clients, say)
         facts["data"] = {
@@ -119,7 +129,8 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
     )
     all_weights = shape.prunable_weights + shape.embedding_weights + shape.head_weights
-    return Experiment(config, fleet, Federation(parts), shape.prunable_weights / all_weights, facts)
+    fraction = shape.prunable_weights / all_weights
+    return Experiment(config, fleet, Federation(parts), fraction, facts, tuple(labels_of_learning))
 
 
 def _check_names(config: Config) -> None:
@@ -235,6 +246,31 @@ def _build_learner(
 
     learner = build_learner(config, method.prunes, corpus, parts)
     return learner, {"name": config.model.name, "sha256": learner.weights_sha256, "device": learner.device_name}
+
+
+def _build_surrogate(
+    config: Config, method: Method, shape: ModelShape, clients: int, participants: int
+) -> tuple[Learner, dict[str, object], list[str]]:
+    """The learner, the manifest's facts and labels. The file's hash stands for the data: a run is resumed with it."""
+    assert config.train.surrogate is not None  # checked with the configuration
+    model, sha256 = read_surrogate(config.train.surrogate)
+    check_use(model, config, method)
+    fixed = config.control.policy == "uniform"
+    ranks = (config.model.lora_rank,) if fixed else ranks_on_offer(config.model.lora_rank_max)
+    source = model.source
+    facts: dict[str, object] = {
+        "model": {"name": shape.name, "sha256": None},
+        "data": {"name": f"surrogate of {source.data}", "sha256": sha256, "train": 0, "test": 0},
+        "surrogate": {
+            "file": config.train.surrogate,
+            "sha256": sha256,
+            "source": source.model_dump(mode="json"),
+            "quality": {name: one.model_dump(mode="json") for name, one in model.quality.items()},
+            "notes": model.notes,
+        },
+    }
+    labels = labels_of_use(model, config, method, participants, ranks)
+    return SurrogateLearner(model, shape, clients, config.seed), facts, labels
 
 
 def _facts(config: Config, fleet: Fleet, clock_shape: ModelShape) -> dict[str, object]:

@@ -234,10 +234,20 @@ def _check(config: Config, method: Method) -> None:
             f"aggregate.rule: value 'average_factors' is not allowed with control.policy {config.control.policy!r} "
             "(it needs equal ranks: use policy uniform, or rule lowrank)"
         )
-    if config.train.engine == "none" and method.prunes and prune.selection == "global":
+    if config.train.engine in ("none", "surrogate") and method.prunes and prune.selection == "global":
         raise ConfigError(
-            "prune.selection: value 'global' is not allowed with train.engine none (which layers lose how much is "
-            "known only from training; layer_local is allowed)"
+            f"prune.selection: value 'global' is not allowed with train.engine {config.train.engine} (which layers "
+            "lose how much is known only from training; layer_local is allowed)"
+        )
+    if train.engine == "surrogate" and train.surrogate is None:
+        raise ConfigError(
+            "train.surrogate: value null is not allowed with train.engine surrogate (give the file that fedsim "
+            "fit-surrogate wrote)"
+        )
+    if train.engine != "surrogate" and train.surrogate is not None:
+        raise ConfigError(
+            f"train.surrogate: value {train.surrogate!r} is not allowed with train.engine {train.engine} (only with "
+            "engine surrogate; null takes it away)"
         )
     if config.data.name is not None and config.data.path is not None:
         raise ConfigError(

@@ -132,7 +132,8 @@ def _same_inputs(directory: RunDirectory, experiment: Experiment) -> None:
 
 
 def _prepare(config: Config, quiet: bool, profile_draw: int | None, done: int) -> tuple[Experiment, Progress]:
-    progress = Progress(f"{config.method} seed {config.seed}", config.server.rounds, done, quiet)
+    mark = " [surrogate]" if config.train.engine == "surrogate" else ""
+    progress = Progress(f"{config.method} seed {config.seed}{mark}", config.server.rounds, done, quiet)
     return build(config, progress.say, _perturbation(config.seed, profile_draw)), progress
 
 
@@ -206,9 +207,7 @@ def _simulate(
 
 def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | None) -> dict[str, object]:
     method = method_named(config.method)
-    labels = list(method.labels)
-    if config.train.engine == "none":
-        labels.append("timing only: nothing was trained")
+    labels = [*method.labels, *experiment.labels]
     if profile_draw is not None:
         labels.append(f"device profiles drawn from their error bands (draw {profile_draw})")
     return {
@@ -218,7 +217,7 @@ def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | 
         "labels": labels,
         "sources": list(method.sources),
         "config_hash": config_hash(config),
-        "engine": "none" if config.train.engine == "none" else "reference",
+        "engine": config.train.engine if config.train.engine in ("none", "surrogate") else "reference",
         "versions": {
             "fedsim": metadata.version("fedspine-sim"),
             "python": platform.python_version(),
