@@ -38,11 +38,17 @@ NEVER_PLAYED = 1e-9
 """A discounted count below this counts as none."""
 LEAST_CHILD_SHARE = 0.01
 """A cut at the played point leaves each child at least this share of the side, else it is made in the middle."""
-_FIRST_LEAVES = 16
+_FIRST_LEAVES = 4
+_BLOCK = 1024
+"""Clients weighed at once: their boxes then stay in the processor's cache, and memory stays bounded."""
 
 
 class SUcb:
-    """The S-UCB policy. All state is arrays over clients; boxes are ``(clients, leaves, 2)``, grown when needed."""
+    """The S-UCB policy. All state is arrays whose last axis is the client.
+
+    Boxes are ``(2 axes, leaves, clients)``, statistics ``(leaves, clients)``; the room for leaves doubles when some
+    client needs it. A leaf that a client does not have yet is a box that meets nothing.
+    """
 
     def __init__(self, settings: ControlSettings, *, clients: int, ranks: IntArray, seed: int) -> None:
         self._settings = settings
@@ -51,43 +57,44 @@ class SUcb:
         logs = np.log2(self._ranks.astype(np.float64))
         # With one rank on offer the square shrinks to a line, whose second side is never cut.
         self._rank_positions = (logs - logs[0]) / (logs[-1] - logs[0]) if logs[-1] > logs[0] else np.zeros(logs.size)
-        self._lower = np.zeros((clients, _FIRST_LEAVES, 2))
-        self._upper = np.zeros((clients, _FIRST_LEAVES, 2))
-        self._upper[:, 0] = [1.0, self._rank_positions[-1]]
-        self._count = np.zeros((clients, _FIRST_LEAVES))
-        self._reward = np.zeros((clients, _FIRST_LEAVES))
+        self._lower = np.full((2, _FIRST_LEAVES, clients), np.inf)
+        self._upper = np.full((2, _FIRST_LEAVES, clients), -np.inf)
+        self._lower[:, 0] = 0.0
+        self._upper[:, 0] = [[1.0], [self._rank_positions[-1]]]
+        self._count = np.zeros((_FIRST_LEAVES, clients))
+        self._reward = np.zeros((_FIRST_LEAVES, clients))
         self._leaves = np.ones(clients, dtype=np.int64)
         self._played = np.zeros(clients, dtype=np.int64)
-        self._point = np.zeros((clients, 2))
+        self._point = np.zeros((2, clients))
 
     def select(self, context: RoundContext) -> Arms:
         """Choose an arm for every participant; see the module's text."""
-        ids = context.clients
-        rows = np.arange(ids.size)
+        ids, index = context.clients, context.round_index
         floor, ceiling = self._feasible_box(context)
-        lower, upper = self._lower[ids], self._upper[ids]
-        playable = self._playable(ids, lower, upper, floor, ceiling)
-        leaf = self._best_leaf(ids, playable, context.round_index)
-        start = np.maximum(lower[rows, leaf], floor)
-        end = np.minimum(upper[rows, leaf], ceiling)
-        draws = [uniforms(self._seed, Stream.POLICY, ids, context.round_index, axis) for axis in range(2)]
-        point = start + np.stack(draws, axis=1) * (end - start)
+        leaf = np.empty(ids.size, dtype=np.int64)
+        for first in range(0, ids.size, _BLOCK):
+            part = slice(first, first + _BLOCK)
+            playable = self._playable(ids[part], floor[:, part], ceiling[:, part])
+            leaf[part] = self._best_leaf(ids[part], playable, index)
+        start = np.maximum(self._lower[:, leaf, ids], floor)
+        end = np.minimum(self._upper[:, leaf, ids], ceiling)
+        draws = [uniforms(self._seed, Stream.POLICY, ids, index, axis) for axis in range(2)]
+        point = start + np.stack(draws) * (end - start)
         self._played[ids] = leaf
-        self._point[ids] = point
-        nearest = np.abs(point[:, 1, None] - self._rank_positions).argmin(axis=1)
-        return Arms(ratio=self._ratio(context, point[:, 0]), rank=self._ranks[nearest])
+        self._point[:, ids] = point
+        nearest = np.abs(point[1] - self._rank_positions[:, None]).argmin(axis=0)
+        return Arms(ratio=self._ratio(context, point[0]), rank=self._ranks[nearest])
 
     def _feasible_box(self, context: RoundContext) -> tuple[FloatArray, FloatArray]:
-        """Lower and upper corner of the feasible set in arm space, shape (P, 2) each."""
+        """Lower and upper corner of the feasible set in arm space, shape (2, P) each."""
         bounds = np.stack([context.ratio_low, context.ratio_high])
         if self._settings.arms == "offset":
             x = 0.5 * (1.0 + (bounds - context.schedule_ratio) / OFFSET_SPAN)
         else:
             x = bounds / context.ratio_max if context.ratio_max > 0 else np.zeros_like(bounds)
         # A feasible set beyond the square is met by its nearest edge; the ratio itself is clipped afterwards.
-        x = np.clip(x, 0.0, 1.0)
-        top = np.full(context.clients.size, self._rank_positions[-1])
-        return np.stack([x[0], np.zeros_like(top)], axis=1), np.stack([x[1], top], axis=1)
+        low, high = np.clip(x, 0.0, 1.0)
+        return np.stack([low, np.zeros_like(low)]), np.stack([high, np.full_like(high, self._rank_positions[-1])])
 
     def _ratio(self, context: RoundContext, x: FloatArray) -> FloatArray:
         low, high = context.ratio_low, context.ratio_high
@@ -96,79 +103,85 @@ class SUcb:
         wish = np.clip(context.schedule_ratio + (2.0 * x - 1.0) * OFFSET_SPAN, low, high)
         return recentre(wish, context.schedule_ratio, low, high)
 
-    def _playable(
-        self, ids: IntArray, lower: FloatArray, upper: FloatArray, floor: FloatArray, ceiling: FloatArray
-    ) -> np.ndarray:
-        """Which leaves may be played, boolean (P, leaves); at least one per client, as the leaves fill the square."""
-        exists = np.arange(lower.shape[1]) < self._leaves[ids, None]
-        meets = exists & ((lower <= ceiling[:, None]) & (upper >= floor[:, None])).all(axis=2)
+    def _playable(self, ids: IntArray, floor: FloatArray, ceiling: FloatArray) -> np.ndarray:
+        """Which leaves may be played, boolean (leaves, P); at least one per client, as the leaves fill the square."""
+        lower, upper = self._lower.take(ids, axis=2), self._upper.take(ids, axis=2)
+        touches = (lower <= ceiling[:, None]) & (upper >= floor[:, None])
+        meets = touches[0] & touches[1]
         if not self._settings.smooth:
             return meets
-        rows = np.arange(ids.size)
         last = self._played[ids]
-        last_lower, last_upper = lower[rows, last][:, None], upper[rows, last][:, None]
-        gap = np.maximum(0.0, np.maximum(lower - last_upper, last_lower - upper)).max(axis=2)
-        gap = np.where(meets, gap, np.inf)
-        return meets & (gap <= gap.min(axis=1, keepdims=True))
+        last_lower, last_upper = self._lower[:, last, ids], self._upper[:, last, ids]
+        gap = np.maximum(lower - last_upper[:, None], last_lower[:, None] - upper).max(axis=0)
+        gap = np.where(meets, np.maximum(gap, 0.0), np.inf)
+        return meets & (gap <= gap.min(axis=0))
 
     def _best_leaf(self, ids: IntArray, playable: np.ndarray, round_index: int) -> IntArray:
-        count = np.where(playable, self._count[ids], 0.0)
-        # Added one by one, in leaf order: pairwise summation would round otherwise than the definition does.
-        total = count.cumsum(axis=1)[:, -1:]
+        """The playable leaf with the largest bound U of each client, (P,); a seeded one of those that tie."""
+        count = np.where(playable, self._count.take(ids, axis=1), 0.0)
+        total = np.zeros(ids.size)
+        for of_leaf in count:  # one by one, in leaf order: pairwise summation would round otherwise
+            total += of_leaf
         bonus = np.log(np.maximum(total, 1.0))
         seen = count > NEVER_PLAYED
         safe = np.where(seen, count, 1.0)
-        value = np.where(seen, self._reward[ids] / safe + self._settings.exploration * np.sqrt(bonus / safe), np.inf)
-        value = np.where(playable, value, -np.inf)
-        tied = playable & (value == value.max(axis=1, keepdims=True))
-        draw = uniforms(self._seed, Stream.POLICY_TIES, ids, round_index)
-        wanted = np.floor(draw * tied.sum(axis=1)).astype(np.int64)
-        return (tied & (tied.cumsum(axis=1) - 1 == wanted[:, None])).argmax(axis=1)
+        value = self._reward.take(ids, axis=1) / safe + self._settings.exploration * np.sqrt(bonus / safe)
+        value = np.where(seen, value, np.where(playable, np.inf, -np.inf))
+        tied = value == value.max(axis=0)
+        wanted = np.floor(uniforms(self._seed, Stream.POLICY_TIES, ids, round_index) * tied.sum(axis=0, dtype=np.int32))
+        passed, leaf = np.zeros(ids.size, dtype=np.int32), np.zeros(ids.size, dtype=np.int64)
+        for of_leaf in tied:  # the wanted one is the first leaf at which more than `wanted` tied ones were passed
+            passed += of_leaf
+            leaf += passed <= wanted
+        return leaf
 
     def update(self, feedback: Feedback) -> None:
         """Discount all who played, credit those who arrived, cut their leaves."""
         ids = feedback.clients
-        self._count[ids] *= self._settings.discount
-        self._reward[ids] *= self._settings.discount
+        for of_leaf in (*self._count, *self._reward):
+            of_leaf[ids] *= self._settings.discount
         rewarded = feedback.arrived & np.isfinite(feedback.reward)
         ids = ids[rewarded]
         leaf = self._played[ids]
-        self._count[ids, leaf] += 1.0
-        self._reward[ids, leaf] += feedback.reward[rewarded]
+        self._count[leaf, ids] += 1.0
+        self._reward[leaf, ids] += feedback.reward[rewarded]
         self._split(ids)
 
     def _split(self, ids: IntArray) -> None:
         """Cut the played leaf of each client in two where its longest side exceeds delta."""
         leaf = self._played[ids]
-        sides = self._upper[ids, leaf] - self._lower[ids, leaf]
-        axis = sides.argmax(axis=1)
-        long = sides[np.arange(ids.size), axis] > self._settings.split
+        sides = self._upper[:, leaf, ids] - self._lower[:, leaf, ids]
+        axis = sides.argmax(axis=0)
+        long = sides.max(axis=0) > self._settings.split
         ids, leaf, axis = ids[long], leaf[long], axis[long]
         if ids.size == 0:
             return
-        if int(self._leaves[ids].max()) == self._count.shape[1]:
+        if int(self._leaves[ids].max()) == self._count.shape[0]:
             self._grow()
-        start, end = self._lower[ids, leaf, axis], self._upper[ids, leaf, axis]
+        start, end = self._lower[axis, leaf, ids], self._upper[axis, leaf, ids]
         at = 0.5 * (start + end)
-        point = self._point[ids, axis]
+        point = self._point[axis, ids]
         if self._settings.cut == "played":
             margin = LEAST_CHILD_SHARE * (end - start)
             at = np.where((point - start >= margin) & (end - point >= margin), point, at)
         new = self._leaves[ids]
-        self._lower[ids, new] = self._lower[ids, leaf]
-        self._upper[ids, new] = self._upper[ids, leaf]
-        self._upper[ids, leaf, axis] = at
-        self._lower[ids, new, axis] = at
-        self._count[ids, new] = self._count[ids, leaf]
-        self._reward[ids, new] = self._reward[ids, leaf]
+        self._lower[:, new, ids] = self._lower[:, leaf, ids]
+        self._upper[:, new, ids] = self._upper[:, leaf, ids]
+        self._upper[axis, leaf, ids] = at
+        self._lower[axis, new, ids] = at
+        self._count[new, ids] = self._count[leaf, ids]
+        self._reward[new, ids] = self._reward[leaf, ids]
         self._leaves[ids] += 1
         self._played[ids] = np.where(point >= at, new, leaf)
 
     def _grow(self) -> None:
-        """Double the room for leaves (only cuts at the played point can need it)."""
-        for name in ("_lower", "_upper", "_count", "_reward"):
-            array = getattr(self, name)
-            setattr(self, name, np.concatenate([array, np.zeros_like(array)], axis=1))
+        """Double the room for leaves."""
+
+        def doubled(array: FloatArray, empty: float) -> FloatArray:
+            return np.concatenate([array, np.full_like(array, empty)], axis=-2)
+
+        self._lower, self._upper = doubled(self._lower, np.inf), doubled(self._upper, -np.inf)
+        self._count, self._reward = doubled(self._count, 0.0), doubled(self._reward, 0.0)
 
     def state(self) -> State:
         """Arrays for the checkpoint."""
@@ -184,10 +197,11 @@ class SUcb:
 
     def restore(self, state: State) -> None:
         """Take the arrays of a checkpoint. Raises RunError where they do not fit."""
-        self._lower = take(state, "lower", self._lower, free_axes=(1,))
-        self._upper = take(state, "upper", self._upper, free_axes=(1,))
-        self._count = take(state, "count", self._count, free_axes=(1,))
-        self._reward = take(state, "reward", self._reward, free_axes=(1,))
+        self._count = take(state, "count", self._count, free_axes=(0,))
+        self._reward = take(state, "reward", self._count)
+        boxes = np.broadcast_to(self._count, (2, *self._count.shape))
+        self._lower = take(state, "lower", boxes)
+        self._upper = take(state, "upper", boxes)
         self._leaves = take(state, "leaves", self._leaves)
         self._played = take(state, "played", self._played)
         self._point = take(state, "point", self._point)

@@ -116,7 +116,7 @@ def test_smooth_play_moves_to_touching_leaves_only():
 
     def last_box():
         state = policy.state()
-        return state["lower"][rows, state["played"]], state["upper"][rows, state["played"]]
+        return [state[name][:, state["played"], rows].T for name in ("lower", "upper")]
 
     for index in range(80):
         before_low, before_high = last_box()
@@ -139,7 +139,7 @@ def test_leaves_always_tile_the_square(seed, cut, split, smooth):
         policy.update(_feedback(context, arms, uniforms(seed, Stream.POLICY_RANK, context.clients, index)))
     state = policy.state()
     for client in range(5):
-        lower, upper = (state[name][client, : state["leaves"][client]] for name in ("lower", "upper"))
+        lower, upper = (state[name][:, : state["leaves"][client], client].T for name in ("lower", "upper"))
         assert (upper > lower).all()
         assert (upper - lower).prod(axis=1).sum() == pytest.approx(1.0)
         points = np.random.default_rng(seed).random((50, 2))
@@ -168,11 +168,11 @@ def test_absent_clients_neither_learn_nor_forget():
     reward = np.array([1.0, np.nan])
     policy.update(_feedback(some, arms, reward))
     after = policy.state()
-    np.testing.assert_array_equal(before["count"][2:], after["count"][2:])
+    np.testing.assert_array_equal(before["count"][:, 2:], after["count"][:, 2:])
     # Client 1 played but has no reward: it forgets, and learns nothing; nor is its leaf cut.
-    np.testing.assert_allclose(after["count"][1], 0.98 * before["count"][1])
+    np.testing.assert_allclose(after["count"][:, 1], 0.98 * before["count"][:, 1])
     assert after["leaves"][1] == before["leaves"][1]
-    assert after["count"][0].sum() > before["count"][0].sum()
+    assert after["count"][:, 0].sum() > before["count"][:, 0].sum()
 
 
 def test_absolute_arms_never_undo_a_cut():
@@ -191,3 +191,34 @@ def test_absolute_arms_never_undo_a_cut():
     ratios = np.array(played.ratios)
     assert (np.diff(ratios, axis=0) >= -1e-12).all()
     np.testing.assert_allclose(ratios[-1], 0.5)
+
+
+def test_blocks_of_clients_and_room_for_leaves_change_nothing(monkeypatch):
+    def trajectory():
+        policy = make_policy(ControlSettings(policy="sucb"), clients=9, ask=ASK, seed=4, fixed_rank=8)
+        ratios = []
+        for index in range(40):
+            context = _context(index, 9)
+            arms = policy.select(context)
+            policy.update(_feedback(context, arms, uniforms(6, Stream.POLICY, context.clients, index)))
+            ratios.append(np.concatenate([arms.ratio, arms.rank]))
+        return np.array(ratios)
+
+    whole = trajectory()
+    monkeypatch.setattr("fedsim.control.sucb._BLOCK", 4)
+    monkeypatch.setattr("fedsim.control.sucb._FIRST_LEAVES", 16)
+    np.testing.assert_array_equal(trajectory(), whole)
+
+
+def test_state_of_an_idle_client_is_small():
+    policy = make_policy(ControlSettings(policy="sucb"), clients=30, ask=ASK, seed=0, fixed_rank=8)
+
+    def bytes_per_client():
+        return sum(array.nbytes for array in policy.state().values()) / 30
+
+    assert bytes_per_client() <= 256
+    for index in range(60):
+        context = _context(index, 30)
+        policy.update(_feedback(context, policy.select(context), np.full(30, 0.5)))
+    assert (policy.state()["leaves"] > 8).any()
+    assert bytes_per_client() <= 1024
