@@ -61,10 +61,17 @@ def check_together(runs: Sequence[Run]) -> list[str]:
     """Refuse runs that cannot be compared, and return warnings on the others.
 
     Raises:
-        RunError: no run, or runs of different data, fleets or clocks.
+        RunError: no run, runs of different data, fleets or clocks, or surrogate runs beside others.
     """
     if not runs:
         raise RunError("nothing to compare: no run given")
+    for run in runs[1:]:
+        if run.is_surrogate != runs[0].is_surrogate:
+            fitted, other = (run, runs[0]) if run.is_surrogate else (runs[0], run)
+            raise RunError(
+                f"run '{fitted.path}' is a surrogate run and '{other.path}' is not: fitted accuracies do not belong in "
+                "one comparison with measured ones; compare them separately"
+            )
     for what, of in (("data", _data), ("fleet", _fleet), ("clock (cost model)", _clock)):
         first = of(runs[0])
         for run in runs[1:]:

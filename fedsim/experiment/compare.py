@@ -52,6 +52,7 @@ class Comparison:
         clock: the sentence on the clock's workload that belongs under every table.
         labels: how far the numbers may be trusted.
         warnings: what makes the runs unequal.
+        is_surrogate: whether accuracies come from a fitted model instead of training.
     """
 
     rows: pd.DataFrame
@@ -64,6 +65,7 @@ class Comparison:
     clock: str
     labels: tuple[str, ...]
     warnings: tuple[str, ...]
+    is_surrogate: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values only; a missing number is null."""
@@ -75,6 +77,7 @@ class Comparison:
             "fastest_class": self.fastest_class,
             "clock": self.clock,
             "labels": list(self.labels),
+            "surrogate": self.is_surrogate,
             "warnings": list(self.warnings),
             "rows": _records(self.rows),
             "runs": _records(self.runs),
@@ -134,6 +137,7 @@ def compare(runs: Sequence[Run], target_accuracy: float | None = None, baseline:
         clock=clock_text(begun),
         labels=labels(begun),
         warnings=tuple(warnings + more),
+        is_surrogate=begun[0].is_surrogate,
     )
 
 

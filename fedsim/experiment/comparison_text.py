@@ -22,7 +22,8 @@ def comparison_text(comparison: Comparison) -> str:
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
 
-    lines = [line(header), line(units), "-" * (sum(widths) + 2 * (len(widths) - 1))]
+    title = ["SURROGATE: accuracies are a fitted model's, none was measured", ""] if comparison.is_surrogate else []
+    lines = [*title, line(header), line(units), "-" * (sum(widths) + 2 * (len(widths) - 1))]
     previous = None
     for (_, row), cell in zip(comparison.rows.iterrows(), cells, strict=True):
         if row["sparsity_group"] != previous:
@@ -46,7 +47,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
     byte_unit, byte_scale = _scale(rows["traffic_bytes"].max(), "B")
     joule_unit, joule_scale = _scale(rows["energy_j"].max(), "J")
     header = ["method", "runs", "sparsity", "accuracy"]
-    units = ["", "", "mean (devices)", "final"]
+    units = ["", "", "mean (devices)", "final, SURROGATE" if comparison.is_surrogate else "final"]
     if comparison.target_accuracy is not None:
         header.append(f"time to {comparison.target_accuracy:.4g}")
         units.append("s")

@@ -64,6 +64,11 @@ class Run:
         """One row per change of state; RunError where ``records.events`` was false."""
         return self._read("events")
 
+    @property
+    def is_surrogate(self) -> bool:
+        """Whether losses and accuracies come from a fitted model instead of training."""
+        return self.manifest.get("engine") == "surrogate"
+
     def has(self, table: str) -> bool:
         """Whether the run records the table (``rounds``, ``client_rounds``, ``events``)."""
         records = self.config.get("records") or {}
@@ -78,7 +83,7 @@ class Run:
             facts.append(f"idle {rounds['idle_fraction'].mean():.1%}")
         tested = rounds["accuracy"].dropna()
         if len(tested):
-            facts.append(f"accuracy {tested.iloc[-1]:.3f}")
+            facts.append(f"{'surrogate ' if self.is_surrogate else ''}accuracy {tested.iloc[-1]:.3f}")
         lost = int(rounds["dropped"].sum())
         if lost:
             facts.append(f"{lost} of {int(rounds['participants'].sum())} updates lost{self._outcomes()}")

@@ -15,6 +15,8 @@ from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
 from fedsim.plots.style import COLOURS, PHASE_COLOURS, canvas, caption, save, styles
 
+SURROGATE = "SURROGATE"
+"""The watermark of figures whose losses and accuracies are a fitted model's."""
 PANELS = 4
 """Most methods side by side in one row of panels."""
 
@@ -23,7 +25,8 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
     """Draw every figure that the runs have records for, each as PNG and PDF with its numbers as CSV.
 
     ``accuracy_over_time`` (not for timing-only runs), ``idle_by_class``, ``choices_by_class`` and ``timeline`` (not for
-    runs without client records). Methods keep their colour, classes theirs, in all figures.
+    runs without client records). Methods keep their colour, classes theirs, in all figures. Figures of surrogate runs
+    are watermarked.
 
     Args:
         runs: runs that belong together.
@@ -39,6 +42,7 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
     begun = [run for run in runs if len(run.rounds)]
     groups, _ = group_runs(begun)
     text = clock_text(begun) if begun else ""
+    mark = SURROGATE if any(run.is_surrogate for run in begun) else None
     unfinished = sum(not run.finished for run in begun)
     if unfinished:
         text += f" {unfinished} of {len(begun)} runs unfinished."
@@ -49,16 +53,16 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
         out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     if frames.has_accuracy(begun):
-        written += _draw_accuracy(groups, text, out)
+        written += _draw_accuracy(groups, text, mark, out)
     if timeline is not None:
         classes = frames.class_order(frames.first_client_rounds(detailed))
-        written += _draw_idle(detailed, classes, text, out)
-        written += _draw_choices(detailed, classes, text, out)
-        written += _draw_timeline(timeline, text, out)
+        written += _draw_idle(detailed, classes, text, mark, out)
+        written += _draw_choices(detailed, classes, text, mark, out)
+        written += _draw_timeline(timeline, text, mark, out)
     return written
 
 
-def _draw_accuracy(groups: Sequence[Group], text: str, out: Path) -> list[Path]:
+def _draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, out: Path) -> list[Path]:
     frame = frames.accuracy_over_time(groups)
     looks = styles([group.label for group in groups])
     with canvas(7.2, 4.2) as figure:
@@ -74,14 +78,14 @@ def _draw_accuracy(groups: Sequence[Group], text: str, out: Path) -> list[Path]:
             mean = own.groupby("round")[["end_s", "accuracy"]].mean()
             axes.plot(mean["end_s"], mean["accuracy"], label=group.label, markersize=4, **look)
         axes.set_xlabel("simulated time (s)")
-        axes.set_ylabel("test accuracy (panel mean)")
+        axes.set_ylabel("test accuracy (panel mean)" if mark is None else "fitted accuracy (not measured)")
         axes.set_xlim(left=0)
         axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(figure, ("Bold: mean over seeds by round; thin: each seed. " if several else "") + text)
-        return save(figure, frame, out, "accuracy_over_time")
+        return save(figure, frame, out, "accuracy_over_time", mark)
 
 
-def _draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, out: Path) -> list[Path]:
+def _draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, out: Path) -> list[Path]:
     frame = frames.idle_by_class(groups)
     looks = styles([group.label for group in groups])
     with canvas(7.2, 3.8) as figure:
@@ -107,13 +111,15 @@ def _draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, out: 
         axes.set_ylabel("idle share of the round (mean over rounds)")
         axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(figure, ("Whiskers: lowest and highest seed. " if several else "") + text)
-        return save(figure, frame, out, "idle_by_class")
+        return save(figure, frame, out, "idle_by_class", mark)
 
 
 _ON_BAR: dict[str, Any] = {"fontsize": 7, "color": "white", "fontweight": "bold"}
 
 
-def _draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, out: Path) -> list[Path]:
+def _draw_choices(
+    groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, out: Path
+) -> list[Path]:
     frame = frames.choices_by_class(groups)
     looks = styles(classes)
     columns = min(len(groups), PANELS)
@@ -146,7 +152,7 @@ def _draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, ou
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(classes))
         caption(figure, "Lines: mean over a class's clients (and seeds); bands: 10th to 90th percentile. " + text)
-        return save(figure, frame, out, "choices_by_class")
+        return save(figure, frame, out, "choices_by_class", mark)
 
 
 def _draw_choice(
@@ -167,7 +173,7 @@ def _rank_axis(axes: Any, frame: pd.DataFrame) -> None:
     axes.set_ylim(ticks[0] / 1.2, ticks[-1] * 1.2)
 
 
-def _draw_timeline(frame: pd.DataFrame, text: str, out: Path) -> list[Path]:
+def _draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, out: Path) -> list[Path]:
     names = list(dict.fromkeys(frame["method"]))
     columns = min(len(names), 2)
     rows = -(-len(names) // columns)
@@ -191,7 +197,7 @@ def _draw_timeline(frame: pd.DataFrame, text: str, out: Path) -> list[Path]:
         )
         chosen, seed = int(frame["round"].iloc[0]), int(frame["seed"].iloc[0])
         caption(figure, f"Round {chosen}, seed {seed}; one line per client, slowest class first. " + text)
-        return save(figure, frame, out, "timeline")
+        return save(figure, frame, out, "timeline", mark)
 
 
 _NOT_OK = "ended otherwise than ok"

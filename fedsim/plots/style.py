@@ -71,9 +71,20 @@ def caption(figure: Figure, text: str) -> None:
     figure.text(0.008, 0.05 / height_in, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom", ha="left")
 
 
-def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str) -> list[Path]:
+def watermark(figure: Figure, word: str) -> None:
+    """`word` across the figure, in front of everything, and once more in its upper corner, where none can miss it."""
+    look: dict[str, Any] = {"color": COLOURS[1], "fontweight": "bold", "zorder": 1000}
+    width_in, height_in = figure.get_size_inches()
+    size = 72 * 0.8 * min(width_in / len(word) / 0.7, height_in / 2)
+    figure.text(0.5, 0.5, word, fontsize=size, alpha=0.16, rotation=20, ha="center", va="center", **look)
+    figure.text(0.995, 0.995, word, fontsize=8, ha="right", va="top", **look)
+
+
+def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | None = None) -> list[Path]:
     """Write ``name.png``, ``name.pdf`` and ``name.csv``, without dates, whole or not at all.
 
+    Args:
+        mark: what is not measured says so: a watermark on the figure, and a column ``engine`` in the table.
     Raises:
         RunError: full disk, or a folder that cannot be written.
     """
@@ -81,6 +92,9 @@ def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str) -> list[Path
     # The layout is found once, and holds for both kinds.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
+    if mark is not None:
+        watermark(figure, mark)
+        frame = frame.assign(engine=mark.lower())
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)  # type: ignore[arg-type]
