@@ -44,6 +44,20 @@ OUTCOME_LABELS = tuple(outcome.label for outcome in Outcome)
 
 
 @dataclass(frozen=True, eq=False)
+class Labels:
+    """Texts of which there are few kinds, in columns: codes of shape (P,) into `names`."""
+
+    codes: IntArray
+    names: NDArray[np.str_]
+
+    @property
+    def texts(self) -> NDArray[np.str_]:
+        """The texts themselves, shape (P,)."""
+        texts: NDArray[np.str_] = self.names[self.codes]
+        return texts
+
+
+@dataclass(frozen=True, eq=False)
 class Work:
     """What one local job asks of any device: no seconds, no device. Scalars or arrays of one common shape.
 
@@ -188,8 +202,8 @@ class RoundReport:
     start_s: float
     end_s: float
     clients: IntArray
-    device: NDArray[np.str_]
-    mode: NDArray[np.str_]
+    device: Labels
+    mode: Labels
     download_start_s: FloatArray
     download_end_s: FloatArray
     compute_end_s: FloatArray

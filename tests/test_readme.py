@@ -9,7 +9,7 @@ import pytest
 
 import fedsim
 from fedsim.cli import _parser
-from fedsim.experiment.records import glossary_markdown
+from fedsim.experiment.columns import glossary_markdown
 from fedsim.experiment.reference import settings_markdown
 from fedsim.methods.catalogue import METHODS
 

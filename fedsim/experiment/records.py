@@ -1,8 +1,8 @@
-"""The records of a run: every column declared once, and the writer that puts them into Parquet.
+"""The records of a run: from a round to rows, and the writer that puts them into Parquet.
 
-Rows go to parts that are closed at checkpoints, so that a crash loses nothing closed; at the end the parts are joined
-part by part, in memory that does not grow with the rounds. Equal rows give equal bytes: no time stamps, and row groups
-of a fixed size wherever the parts were cut.
+Rows go to parts that are closed at checkpoints, so that a crash loses nothing closed, and whenever many rows wait, so
+that memory does not grow with the rounds; at the end the parts are joined part by part. Equal rows give equal bytes: no
+time stamps, and row groups of a fixed size wherever the parts were cut.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,108 +20,24 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from fedsim.errors import RunError
+from fedsim.experiment.columns import TABLES, columns_by_code, schema_of
 from fedsim.experiment.rundir import PARTS, replacing, sync_folder, writing
 from fedsim.settings import RecordSettings
 from fedsim.sim.accounting import client_seconds, idle_fraction
-from fedsim.specs import OUTCOME_LABELS, FloatArray, Outcome, RoundLearning, RoundPlan, RoundReport
+from fedsim.specs import OUTCOME_LABELS, FloatArray, Labels, Outcome, RoundLearning, RoundPlan, RoundReport
 
 ROW_GROUP = 65_536
 """Rows of a row group in a joined file."""
 
-DType = Literal["int64", "float64", "string"]
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column: its type, unit ("" for none) and meaning."""
-
-    name: str
-    dtype: DType
-    unit: str
-    meaning: str
-
-
-ROUNDS = (
-    Column("round", "int64", "", "round, from 0"),
-    Column("start_s", "float64", "s", "simulated time at which the round opened"),
-    Column("end_s", "float64", "s", "simulated time at which the round closed"),
-    Column("duration_s", "float64", "s", "end_s - start_s"),
-    Column("idle_fraction", "float64", "", "sum of idle_s / sum of durations, over participants; null without any"),
-    Column("participants", "int64", "clients", "clients dispatched"),
-    Column("dropped", "int64", "clients", "clients dispatched whose outcome is not ok"),
-    Column("bytes_down", "float64", "bytes", "received by all clients, also by work cut short"),
-    Column("bytes_up", "float64", "bytes", "sent by all clients, also by work cut short"),
-    Column("energy_j", "float64", "J", "spent by all clients from the opening to the close of the round"),
-    Column("prune_ratio_mean", "float64", "", "mean of prune_ratio over this round's participants"),
-    Column("lora_rank_mean", "float64", "", "mean of lora_rank over this round's participants"),
-    Column("accuracy", "float64", "", "test accuracy after aggregation, mean over the panel; null between evaluations"),
-    Column("loss", "float64", "", "test loss after aggregation, mean over the panel; null between evaluations"),
-    Column("accuracy_consensus", "float64", "", "test accuracy of one model cut to the fleet-mean ratio; null between"),
-    Column("host_s", "float64", "s", "time this computer took (never part of simulated time; differs between runs)"),
-)
-
-CLIENT_ROUNDS = (
-    Column("round", "int64", "", "round, from 0"),
-    Column("client", "int64", "", "client, from 0"),
-    Column("device", "string", "", "device class"),
-    Column("mode", "string", "", "power mode in this round"),
-    Column("prune_ratio", "float64", "", "removed / all prunable weights, achieved after the round"),
-    Column("prune_ratio_target", "float64", "", "the same, as asked for this round"),
-    Column("lora_rank", "int64", "", "LoRA rank in this round"),
-    Column("wait_s", "float64", "s", "from the opening of the round to the start of download"),
-    Column("download_s", "float64", "s", "download"),
-    Column("compute_s", "float64", "s", "local tuning, importance and pruning"),
-    Column("upload_s", "float64", "s", "upload"),
-    Column("idle_s", "float64", "s", "from the client's last activity to the close of the round"),
-    Column("bytes_down", "float64", "bytes", "received, also by work cut short"),
-    Column("bytes_up", "float64", "bytes", "sent, also by work cut short"),
-    Column("energy_j", "float64", "J", "spent from the opening to the close of the round"),
-    Column("peak_memory_bytes", "float64", "bytes", "highest memory use that the job asks for"),
-    Column("outcome", "string", "", f"one of {', '.join(OUTCOME_LABELS)}"),
-    Column("loss_before", "float64", "", "loss on the client's fixed probe batch before the job; null if not trained"),
-    Column("loss_after", "float64", "", "the same after the job; null if not trained"),
-    Column("reward", "float64", "", "the bandit's reward, in [0, 1]; null if nothing arrived"),
-)
-
-EVENTS = (
-    Column("time_s", "float64", "s", "simulated time"),
-    Column("round", "int64", "", "round, from 0"),
-    Column("client", "int64", "", "client, from 0; -1 is the server"),
-    Column("event", "string", "", "what changed"),
-    Column("value", "float64", "by event", "what the event carries: bytes, seconds, a count"),
-)
-
-TABLES: Mapping[str, tuple[Column, ...]] = {"rounds": ROUNDS, "client_rounds": CLIENT_ROUNDS, "events": EVENTS}
-"""Every table of a run, by the name of its file without ``.parquet``."""
-
-_ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+PART_ROWS = 524_288
+"""Waiting rows (of all tables) at which a part is closed without a checkpoint."""
 
 
 class EventBlock(Protocol):
     """The trace of one round, as the writer takes it."""
 
-    def columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> Mapping[str, np.ndarray | Labels]:
         """Arrays of one length, by the names of `EVENTS`."""
-
-
-def schema_of(table: str) -> pa.Schema:
-    """Arrow schema of a table; each field's metadata carries unit and meaning into the file."""
-    return pa.schema(
-        [
-            pa.field(column.name, _ARROW[column.dtype], metadata={"unit": column.unit, "meaning": column.meaning})
-            for column in TABLES[table]
-        ]
-    )
-
-
-def glossary_markdown() -> str:
-    """All columns as Markdown tables, for the README."""
-    lines: list[str] = []
-    for table, columns in TABLES.items():
-        lines += [f"`{table}.parquet`", "", "| column | type | unit | meaning |", "|---|---|---|---|"]
-        lines += [f"| `{column.name}` | {column.dtype} | {column.unit} | {column.meaning} |" for column in columns]
-        lines.append("")
-    return "\n".join(lines)
 
 
 def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearning) -> pa.Table:
@@ -149,7 +64,7 @@ def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearn
             "bytes_up": report.bytes_up,
             "energy_j": report.energy_joules,
             "peak_memory_bytes": np.broadcast_to(plan.work.peak_memory_bytes, plan.clients.shape),
-            "outcome": np.array(OUTCOME_LABELS)[learning.outcome],
+            "outcome": Labels(learning.outcome, np.array(OUTCOME_LABELS)),
             "loss_before": learning.loss_before,
             "loss_after": learning.loss_after,
             "reward": learning.reward,
@@ -192,23 +107,27 @@ def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, hos
 class RecordWriter:
     """Writes the records of one run.
 
-    Rows wait in memory until `close_part`. On a resumed run, parts that reach beyond the checkpoint are deleted: their
-    rounds are played again.
+    Rows wait in memory until `close_part`, or until there are `part_rows` of them. On a resumed run, parts that reach
+    beyond the checkpoint are deleted: their rounds are played again.
 
     Args:
         directory: the run directory.
         records: which tables to write beside ``rounds``.
         next_round: the round that comes next (a checkpoint's), 0 for a new run.
+        part_rows: see `PART_ROWS`.
     Raises:
         RunError: parts before `next_round` are missing, or the folder cannot be written.
     """
 
-    def __init__(self, directory: Path, records: RecordSettings, next_round: int = 0) -> None:
+    def __init__(
+        self, directory: Path, records: RecordSettings, next_round: int = 0, part_rows: int = PART_ROWS
+    ) -> None:
         self._directory = directory
         self._parts = directory / PARTS
         wanted = {"rounds": True, "client_rounds": records.client_rounds, "events": records.events}
         self._tables = tuple(table for table in TABLES if wanted[table])
         self._next_round = next_round
+        self._part_rows = part_rows
         self._waiting: dict[str, list[pa.Table]] = {table: [] for table in self._tables}
         with writing(self._parts):
             self._parts.mkdir(exist_ok=True)
@@ -224,10 +143,11 @@ class RecordWriter:
     def append_round(
         self, plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: EventBlock, host_s: float
     ) -> None:
-        """Take the rows of one round; nothing is written yet.
+        """Take the rows of one round; written now only if many wait.
 
         Raises:
             ValueError: not the round that comes next, or as `client_round_rows`.
+            RunError: as `close_part`.
         """
         expected = self._next_round + len(self._waiting["rounds"])
         if plan.round_index != expected:
@@ -237,6 +157,8 @@ class RecordWriter:
             self._waiting["client_rounds"].append(client_round_rows(plan, report, learning))
         if "events" in self._waiting:
             self._waiting["events"].append(_table("events", block.columns()))
+        if sum(len(table) for tables in self._waiting.values() for table in tables) >= self._part_rows:
+            self.close_part(plan.round_index + 1)
 
     def close_part(self, next_round: int) -> None:
         """Write the waiting rows as ``parts/<table>-<first>-<next_round>.parquet`` (the last round not included).
@@ -254,9 +176,17 @@ class RecordWriter:
             return
         for table, rows in self._waiting.items():
             path = self._parts / f"{table}-{self._next_round:06d}-{next_round:06d}.parquet"
-            joined = pa.concat_tables(rows).combine_chunks()
-            with replacing(path, joined.nbytes) as temporary:
-                pq.write_table(joined, temporary, compression="zstd", row_group_size=ROW_GROUP)
+            part = pa.concat_tables(rows)
+            with replacing(path, part.nbytes) as temporary:
+                # Read once and deleted: what is quick to write and read, not what is smallest.
+                pq.write_table(
+                    part,
+                    temporary,
+                    compression="lz4",
+                    row_group_size=ROW_GROUP,
+                    use_dictionary=columns_by_code(table),
+                    write_statistics=False,
+                )
         self._waiting = {table: [] for table in self._tables}
         self._next_round = next_round
 
@@ -273,7 +203,7 @@ class RecordWriter:
             self._check_complete(table)
             paths = [path for path, name, _, _ in list_parts(self._parts) if name == table]
             with replacing(self._directory / f"{table}.parquet") as temporary:
-                _join(paths, temporary, schema_of(table))
+                _join(paths, temporary, table)
 
     def remove_parts(self) -> None:
         """Delete the parts, once they are joined and the manifest says so."""
@@ -328,36 +258,40 @@ def _check_readable(path: Path) -> None:
         raise _damaged(path, error) from None
 
 
-def _join(paths: Sequence[Path], target: Path, schema: pa.Schema) -> None:
+def _join(paths: Sequence[Path], target: Path, table: str) -> None:
     """Stream parts into one file of row groups of `ROW_GROUP` rows, wherever the parts end."""
-    with pq.ParquetWriter(target, schema, compression="zstd") as writer:
-        waiting = schema.empty_table()
+    schema = schema_of(table)
+    waiting, count = [schema.empty_table()], 0
+    with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=columns_by_code(table)) as writer:
         for path in paths:
             try:
                 for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
-                    rows = pa.Table.from_batches([batch]).cast(schema)
-                    waiting = pa.concat_tables([waiting, rows]).combine_chunks()
-                    while len(waiting) >= ROW_GROUP:
-                        writer.write_table(waiting.slice(0, ROW_GROUP), row_group_size=ROW_GROUP)
-                        waiting = waiting.slice(ROW_GROUP)
+                    waiting.append(pa.Table.from_batches([batch]).cast(schema))
+                    count += len(batch)
+                    while count >= ROW_GROUP:
+                        rows = pa.concat_tables(waiting)
+                        writer.write_table(rows.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
+                        waiting, count = [rows.slice(ROW_GROUP)], count - ROW_GROUP
             except (pa.ArrowInvalid, FileNotFoundError) as error:
                 raise _damaged(path, error) from None
-        if len(waiting):
-            writer.write_table(waiting, row_group_size=ROW_GROUP)
+        if count:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=ROW_GROUP)
 
 
-def _table(name: str, values: Mapping[str, ArrayLike | Sequence[Any]]) -> pa.Table:
-    """Arrays as a table in the declared order; NaN becomes null."""
+def _table(name: str, values: Mapping[str, ArrayLike | Labels | Sequence[Any]]) -> pa.Table:
+    """Arrays as a table in the declared order; NaN becomes null. The numbers are copied: they wait to be written."""
     arrays = []
     for column in TABLES[name]:
         data = values[column.name]
-        if column.dtype == "string":
-            arrays.append(pa.array([str(item) for item in np.asarray(data)], pa.string()))
+        if isinstance(data, Labels):
+            arrays.append(pa.array(data.names, pa.string()).take(pa.array(data.codes)))
+        elif column.dtype == "string":
+            arrays.append(pa.array(np.asarray(data), pa.string()))
         elif column.dtype == "float64":
             numbers = np.array(data, dtype=np.float64)  # None becomes NaN
-            arrays.append(pa.array(numbers, pa.float64(), mask=np.isnan(numbers)))
+            arrays.append(pa.array(numbers, pa.float64(), from_pandas=True))
         else:
-            arrays.append(pa.array(np.asarray(data, dtype=np.int64), pa.int64()))
+            arrays.append(pa.array(np.array(data, dtype=np.int64), pa.int64()))
     return pa.Table.from_arrays(arrays, schema=schema_of(name))
 
 
@@ -370,14 +304,13 @@ def _mean(values: NDArray[Any]) -> float | None:
 def _check_clocks(plan: RoundPlan, report: RoundReport) -> None:
     if not np.array_equal(plan.clients, report.clients):
         raise ValueError(f"round {plan.round_index}: plan and report name different clients")
-    count = len(plan.clients)
-    steps: list[FloatArray] = [
-        np.full(count, report.start_s),
+    steps: list[FloatArray | float] = [
+        report.start_s,
         report.download_start_s,
         report.download_end_s,
         report.compute_end_s,
         report.upload_end_s,
-        np.full(count, report.end_s),
+        report.end_s,
     ]
     for before, after in pairwise(steps):
         ordered = np.asarray(after) >= np.asarray(before)  # False for NaN, too

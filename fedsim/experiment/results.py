@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from fedsim.errors import RunError
+from fedsim.experiment.columns import TABLES, schema_of
 from fedsim.experiment.progress import seconds_text
-from fedsim.experiment.records import TABLES, list_parts, schema_of
+from fedsim.experiment.records import list_parts
 from fedsim.experiment.rundir import CONFIG, MANIFEST, PARTS, read_manifest
 
 

@@ -7,7 +7,7 @@ clients of a smaller one as they were.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from fedsim.rng import Stream, mean_one_jitter, uniforms
 from fedsim.settings import FleetSettings
 from fedsim.sim.fleet_file import DeviceSpec, FleetFile, LinkSpec, Number, fleet_names, fleet_path, read_fleet_file
 from fedsim.sim.link import Links, download_seconds, transfer_seconds, upload_seconds
-from fedsim.specs import FloatArray, IntArray, Work
+from fedsim.specs import FloatArray, IntArray, Labels, Work
 
 __all__ = ["Fleet", "fleet_names", "load_fleet"]
 
@@ -38,6 +38,7 @@ class _Modes:
         first_row: per line, the row of its profile's first mode in `names` and `table`.
         names: mode names of all profiles one after another; `table`: their rates, same order.
         period: rounds between draws; 0: one draw for all rounds.
+        drawn: the draws of the last two periods, all clients', so that a round need not repeat them.
     """
 
     cumulative: FloatArray
@@ -46,15 +47,20 @@ class _Modes:
     names: NDArray[np.str_]
     table: Rates
     period: int
+    drawn: dict[int, IntArray] = field(default_factory=dict)
 
-    def draw(self, seed: int, round_index: int, clients: IntArray) -> IntArray:
+    def draw(self, seed: int, round_index: int) -> IntArray:
+        """Every client's mode in a round; a function of (seed, client, period) alone."""
         epoch = round_index // self.period if self.period else 0
-        draws = uniforms(seed, Stream.POWER_MODE, clients, epoch)
-        drawn: IntArray = (draws[:, None] >= self.cumulative[self.line_of[clients]]).sum(axis=1)
-        return drawn
+        if epoch not in self.drawn:
+            for old in [known for known in self.drawn if known != epoch - 1]:
+                del self.drawn[old]
+            draws = uniforms(seed, Stream.POWER_MODE, np.arange(len(self.line_of)), epoch)
+            self.drawn[epoch] = (draws[:, None] >= self.cumulative[self.line_of]).sum(axis=1)
+        return self.drawn[epoch]
 
     def rows(self, seed: int, round_index: int, clients: IntArray) -> IntArray:
-        rows: IntArray = self.first_row[self.line_of[clients]] + self.draw(seed, round_index, clients)
+        rows: IntArray = self.first_row[self.line_of[clients]] + self.draw(seed, round_index)[clients]
         return rows
 
 
@@ -64,14 +70,14 @@ class Fleet:
 
     Attributes:
         name: of the fleet file.
-        device_of: each client's device name, shape (clients,).
+        device: each client's device name, shape (clients,).
         links: see `fedsim.sim.link`.
         seed: the run's root seed.
         compute_jitter_sigma: standard deviation of the logarithm of the compute time's jitter (mean one).
     """
 
     name: str
-    device_of: NDArray[np.str_]
+    device: Labels
     links: Links
     seed: int
     compute_jitter_sigma: float
@@ -80,11 +86,21 @@ class Fleet:
     @property
     def clients(self) -> int:
         """How many clients."""
-        return len(self.device_of)
+        return len(self.device.codes)
+
+    @property
+    def device_of(self) -> NDArray[np.str_]:
+        """Each client's device name, shape (clients,)."""
+        return self.device.texts
+
+    def devices(self, clients: IntArray) -> Labels:
+        """Device name of each client."""
+        return Labels(self.device.codes[clients], self.device.names)
 
     def modes(self, round_index: int, clients: IntArray | None = None) -> IntArray:
         """Index of each client's power mode among its profile's modes; of all clients when None."""
-        return self._modes.draw(self.seed, round_index, self._all(clients))
+        drawn = self._modes.draw(self.seed, round_index)
+        return drawn.copy() if clients is None else drawn[clients]
 
     def mode_changes(self, round_index: int) -> IntArray:
         """The clients whose power mode differs from the round before (in round 0: all), ascending."""
@@ -97,8 +113,12 @@ class Fleet:
 
     def mode_names(self, round_index: int, clients: IntArray | None = None) -> NDArray[np.str_]:
         """Name of each client's power mode; of all clients when None."""
-        names: NDArray[np.str_] = self._modes.names[self._modes.rows(self.seed, round_index, self._all(clients))]
-        return names
+        everyone = np.arange(self.clients, dtype=np.int64)
+        return self.mode_labels(round_index, everyone if clients is None else clients).texts
+
+    def mode_labels(self, round_index: int, clients: IntArray) -> Labels:
+        """Name of each client's power mode, in columns."""
+        return Labels(self._modes.rows(self.seed, round_index, clients), self._modes.names)
 
     def rates(self, round_index: int, clients: IntArray) -> Rates:
         """Rates of each client's device in its mode of that round, arrays of shape (P,)."""
@@ -129,7 +149,7 @@ class Fleet:
         Returns:
             Array of the shape of `work`, at least (P,).
         """
-        more = max(np.ndim(getattr(work, field.name)) for field in fields(work)) - 1
+        more = max(np.ndim(getattr(work, one.name)) for one in fields(work)) - 1
         column = (len(clients),) + (1,) * max(0, more)
         rows = self._modes.rows(self.seed, round_index, clients).reshape(column)
         ids = clients.reshape(column)
@@ -145,9 +165,6 @@ class Fleet:
     def latency(self, clients: IntArray) -> FloatArray:
         """Seconds of latency, one way, once per transfer."""
         return self.links.latency_s[clients]
-
-    def _all(self, clients: IntArray | None) -> IntArray:
-        return np.arange(self.clients, dtype=np.int64) if clients is None else clients
 
 
 def load_fleet(settings: FleetSettings, precision: Precision, seed: int, perturb: Perturb | None = None) -> Fleet:
@@ -184,10 +201,9 @@ def load_fleet(settings: FleetSettings, precision: Precision, seed: int, perturb
         table=stack_rates(rates),
         period=spec.mode_period if settings.mode_period is None else settings.mode_period,
     )
-    device_names = np.array([profiles[device.profile].name for device in pattern])
     return Fleet(
         name=spec.name,
-        device_of=device_names[line_of],
+        device=Labels(line_of, np.array([profiles[device.profile].name for device in pattern])),
         links=_links(spec, clients, line_of, seed),
         seed=seed,
         compute_jitter_sigma=spec.compute_jitter_sigma.value,
@@ -261,4 +277,4 @@ def _links(spec: FleetFile, clients: IntArray, line_of: IntArray, seed: int) -> 
 
 
 def _take(rates: Rates, rows: IntArray) -> Rates:
-    return Rates(**{field.name: np.asarray(getattr(rates, field.name))[rows] for field in fields(rates)})
+    return Rates(**{one.name: np.asarray(getattr(rates, one.name))[rows] for one in fields(rates)})

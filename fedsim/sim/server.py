@@ -54,17 +54,22 @@ def simulate(
         if plan.round_index != round_index or not np.array_equal(plan.clients, clients):
             raise ValueError(f"the strategy's plan is not for round {round_index} and its participants")
         trips = trips_of(fleet, plan)
-        trace.add(start_s, round_index, SERVER, Event.ROUND_OPEN, len(clients))
+        _record(trace, start_s, round_index, Event.ROUND_OPEN, len(clients))
         _record_modes(fleet, round_index, start_s, trace)
         timeline = player.play(trips, start_s, quota, settings.deadline_s, trace)
         arrived = int(np.count_nonzero(timeline.phases_done == PHASES))
-        trace.add(timeline.end_s, round_index, SERVER, Event.ROUND_CLOSE, arrived)
+        _record(trace, timeline.end_s, round_index, Event.ROUND_CLOSE, arrived)
         report = report_of(fleet, trips, timeline)
         block = trace.take_block()
         learning = strategy.close_round(report)
         state = state_after(settings, report, learning, block)
         on_round(plan, report, learning, block)
     return state
+
+
+def _record(trace: Trace, now_s: float, round_index: int, event: Event, value: int) -> None:
+    """The server's own records, as columns of one."""
+    trace.add_many(np.array([now_s]), round_index, np.array([SERVER]), event, np.array([float(value)]))
 
 
 def _record_modes(fleet: Fleet, round_index: int, now_s: float, trace: Trace) -> None:

@@ -102,12 +102,8 @@ def report_of(fleet: Fleet, trips: Trips, timeline: Timeline) -> RoundReport:
     rest of the round [ours]. Energy and bytes of work that the close of the round cut short are counted up to the
     close.
     """
-    clients, round_index, phases_done, fits_memory = (
-        trips.clients,
-        trips.round_index,
-        timeline.phases_done,
-        trips.fits_memory,
-    )
+    clients, round_index, fits_memory = trips.clients, trips.round_index, trips.fits_memory
+    phases_done = timeline.phases_done
     late = (phases_done < PHASES) & (fits_memory | (phases_done == 0))
     outcome = np.where(late, Outcome.LATE, np.where(fits_memory, Outcome.OK, Outcome.OUT_OF_MEMORY)).astype(np.int64)
     download_s = timeline.download_end_s - timeline.download_start_s
@@ -121,8 +117,8 @@ def report_of(fleet: Fleet, trips: Trips, timeline: Timeline) -> RoundReport:
         start_s=timeline.start_s,
         end_s=timeline.end_s,
         clients=clients,
-        device=fleet.device_of[clients],
-        mode=fleet.mode_names(round_index, clients),
+        device=fleet.devices(clients),
+        mode=fleet.mode_labels(round_index, clients),
         download_start_s=timeline.download_start_s,
         download_end_s=timeline.download_end_s,
         compute_end_s=timeline.compute_end_s,

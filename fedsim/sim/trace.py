@@ -7,13 +7,13 @@ that resumes from a checkpoint therefore needs the last digest only, and ends wi
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
 
-from fedsim.specs import FloatArray, IntArray
+from fedsim.specs import FloatArray, IntArray, Labels
 
 SERVER = -1
 """The client number of the server's own records."""
@@ -58,12 +58,11 @@ class TraceBlock:
     digest: str
 
     @property
-    def event(self) -> NDArray[np.str_]:
+    def event(self) -> Labels:
         """Names of the events, in lower case."""
-        names: NDArray[np.str_] = _NAMES[self.code]
-        return names
+        return Labels(self.code, _NAMES)
 
-    def columns(self) -> dict[str, np.ndarray]:
+    def columns(self) -> Mapping[str, np.ndarray | Labels]:
         """The block as named columns, as the records writer takes them."""
         return {
             "time_s": self.time_s,
@@ -84,7 +83,7 @@ class Trace:
     def __init__(self, digest: str = START_HASH) -> None:
         self._digest = digest
         self._rows: list[tuple[float, int, int, int, float]] = []
-        self._columns: list[tuple[FloatArray, IntArray, IntArray, IntArray, FloatArray]] = []
+        self._columns: list[tuple[np.ndarray, ...]] = []
 
     @property
     def digest(self) -> str:
@@ -100,9 +99,8 @@ class Trace:
     ) -> None:
         """Record the same kind of change of several clients, shape (P,) each."""
         if len(clients):
-            self._columns.append(
-                (time_s, np.full(len(clients), round_index), clients, np.full(len(clients), int(event)), values)
-            )
+            codes = np.full(len(clients), int(event))
+            self._columns.append((time_s, np.full(len(clients), round_index), clients, codes, values))
 
     def take_block(self) -> TraceBlock:
         """Close the block: order its records, extend the hash, and forget them.
@@ -111,16 +109,29 @@ class Trace:
         """
         rows, self._rows = self._rows, []
         chunks, self._columns = self._columns, []
-        singles = list(zip(*rows, strict=True)) if rows else [()] * 5
+        if rows:
+            singles = [
+                np.array(column, dtype=kind) for column, kind in zip(zip(*rows, strict=True), _KINDS, strict=True)
+            ]
+            chunks.append(tuple(singles))
+        chunks.sort(key=lambda chunk: int(chunk[3][0]))
         columns = [
-            np.concatenate([np.array(single, dtype=kind), *(chunk[place] for chunk in chunks)]).astype(kind, copy=False)
-            for place, (single, kind) in enumerate(zip(singles, _KINDS, strict=True))
+            np.concatenate([np.empty(0, kind), *(chunk[place] for chunk in chunks)]).astype(kind, copy=False)
+            for place, kind in enumerate(_KINDS)
         ]
-        time_s, round_index, client, code, value = columns
-        order = np.lexsort((client, code, time_s))
+        order = _order(columns[0], columns[2], columns[3])
         time_s, round_index, client, code, value = (column[order] for column in columns)
         digest = hashlib.sha256(bytes.fromhex(self._digest))
         for column in (time_s, round_index, client, code, value):
             digest.update(column.data)
         self._digest = digest.hexdigest()
         return TraceBlock(time_s, round_index, client, code, value, self._digest)
+
+
+def _order(time_s: FloatArray, client: IntArray, code: IntArray) -> IntArray:
+    """Places by time, then event, then client."""
+    more = np.diff(code)
+    # What whole rounds add is in order but for the time: one stable sort instead of three.
+    if np.all((more > 0) | ((more == 0) & (np.diff(client) > 0))):
+        return np.argsort(time_s, kind="stable")
+    return np.lexsort((client, code, time_s))

@@ -12,7 +12,7 @@ from fedsim.experiment.checkpoint import save_checkpoint
 from fedsim.experiment.records import RecordWriter
 from fedsim.experiment.rundir import RunDirectory
 from fedsim.settings import Config
-from fedsim.specs import Outcome, RoundLearning, RoundPlan, RoundReport, Work
+from fedsim.specs import Labels, Outcome, RoundLearning, RoundPlan, RoundReport, Work
 
 CLASSES = ("jetson-tx2", "jetson-xavier-nx", "jetson-agx-xavier")
 RATES = np.array([0.345, 0.43, 0.705])
@@ -116,8 +116,8 @@ def one_round(
         start_s=start_s,
         end_s=end_s,
         clients=ids,
-        device=np.array(CLASSES)[kind],
-        mode=np.full(clients, "MAXN"),
+        device=Labels(kind, np.array(CLASSES)),
+        mode=Labels(np.zeros(clients, dtype=np.int64), np.array(["MAXN"])),
         download_start_s=download_start,
         download_end_s=download_end,
         compute_end_s=compute_end,

@@ -13,10 +13,11 @@ from made_up import Block, config_of, one_round, write_run
 
 from fedsim.errors import RunError
 from fedsim.experiment import records
-from fedsim.experiment.records import RecordWriter, client_round_rows, glossary_markdown, list_parts, round_row
+from fedsim.experiment.columns import glossary_markdown
+from fedsim.experiment.records import RecordWriter, client_round_rows, list_parts, round_row
 from fedsim.experiment.rundir import RunDirectory
 from fedsim.settings import RecordSettings
-from fedsim.specs import Outcome, RoundLearning, RoundPlan, RoundReport, Work
+from fedsim.specs import Labels, Outcome, RoundLearning, RoundPlan, RoundReport, Work
 
 # The contract, written out a second time on purpose.
 CONTRACT = {
@@ -46,8 +47,8 @@ def three_clients(**changes):
         start_s=10.0,
         end_s=20.0,
         clients=plan.clients,
-        device=np.array(["a", "b", "b"]),
-        mode=np.array(["m", "m", "n"]),
+        device=Labels(np.array([0, 1, 1]), np.array(["a", "b"])),
+        mode=Labels(np.array([0, 0, 1]), np.array(["m", "n"])),
         download_start_s=np.array([10.5, 11.0, 10.0]),
         download_end_s=np.array([12.0, 12.0, 13.0]),
         compute_end_s=np.array([15.0, 19.0, 13.0]),
@@ -235,6 +236,26 @@ def test_bytes_do_not_depend_on_where_the_parts_were_cut(tmp_path, monkeypatch):
     groups = pq.ParquetFile(whole / "client_rounds.parquet").metadata
     assert [groups.row_group(index).num_rows for index in range(groups.num_row_groups)] == [37] * 5 + [192 - 5 * 37]
     assert not (whole / "parts").exists()
+
+
+def test_many_waiting_rows_close_a_part_and_change_no_byte(tmp_path):
+    """Sixteen client rows, two events and one round: a part every third round, besides those of checkpoints."""
+    whole = write_all(tmp_path / "a", [12])
+    folder = tmp_path / "b"
+    folder.mkdir()
+    config = config_of("fedspine", 3, 12)
+    writer = RecordWriter(folder, EVERYTHING, part_rows=50)
+    now_s = append(writer, config, range(7))
+    assert [part[2:] for part in list_parts(folder / "parts") if part[1] == "events"] == [(0, 3), (3, 6)]
+    writer.close_part(7)
+    # Killed two rounds later, of which one part was closed early: the checkpoint of round 7 still holds.
+    append(writer, config, range(7, 11), now_s)
+    assert list_parts(folder / "parts")[-1][2:] == (7, 10)
+    writer = RecordWriter(folder, EVERYTHING, next_round=7, part_rows=50)
+    append(writer, config, range(7, 12), now_s)
+    writer.close_part(12)
+    writer.finish()
+    assert read_bytes(whole) == read_bytes(folder)
 
 
 def test_what_is_read_back_is_what_was_appended(tmp_path):

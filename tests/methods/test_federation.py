@@ -17,7 +17,7 @@ from fedsim.experiment.config import build_config
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.federation import Federation, Parts
 from fedsim.methods.timing import TimingLearner
-from fedsim.specs import Arms, Evaluation, Outcome, RoundReport
+from fedsim.specs import Arms, Evaluation, Labels, Outcome, RoundReport
 from fedsim.structure import achieved_ratio, kept_counts
 
 SHAPE = load_shape("roberta-base")
@@ -94,8 +94,8 @@ def report(plan, outcomes=None, start_s=0.0):
         start_s=start_s,
         end_s=float(ends.max()),
         clients=plan.clients,
-        device=np.array(["d"] * count),
-        mode=np.array(["m"] * count),
+        device=Labels(np.zeros(count, dtype=np.int64), np.array(["d"])),
+        mode=Labels(np.zeros(count, dtype=np.int64), np.array(["m"])),
         download_start_s=np.full(count, start_s),
         download_end_s=np.full(count, start_s + 1.0),
         compute_end_s=ends - 1.0,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.sim.server import SimState, simulate
-from fedsim.specs import RoundLearning, RoundPlan, Work
+from fedsim.specs import Labels, RoundLearning, RoundPlan, Work
 
 
 @dataclass
@@ -37,8 +37,11 @@ class ToyFleet:
     def mode_changes(self, round_index):
         return np.arange(0 if round_index else self.clients)
 
-    def mode_names(self, round_index, clients):
-        return np.array(["only"] * len(clients))
+    def mode_labels(self, round_index, clients):
+        return Labels(np.zeros(len(clients), dtype=np.int64), np.array(["only"]))
+
+    def devices(self, clients):
+        return Labels(np.zeros(len(clients), dtype=np.int64), np.array(["toy"]))
 
     def rates(self, round_index, clients):
         ones = np.ones(len(clients))
@@ -107,5 +110,5 @@ def play(fleet, settings, strategy=None, seed=0, start=None, **options):
 def log(block):
     """A block as rows (time, client, event, value)."""
     return list(
-        zip(block.time_s.tolist(), block.client.tolist(), block.event.tolist(), block.value.tolist(), strict=True)
+        zip(block.time_s.tolist(), block.client.tolist(), block.event.texts.tolist(), block.value.tolist(), strict=True)
     )

@@ -13,7 +13,7 @@ from sim_toys import ToyFleet, ToyStrategy, log, play, work
 from fedsim.settings import FleetSettings, ServerSettings
 from fedsim.sim.fleet import load_fleet
 from fedsim.sim.protocol import SimState
-from fedsim.specs import Outcome
+from fedsim.specs import Labels, Outcome
 
 # A few values often, so that clients tie with one another, with the deadline and with nothing at all (a free transfer).
 tied = st.sampled_from([0.5, 1.0, 1.5, 2.0])
@@ -37,6 +37,8 @@ def assert_same(one, other):
         for field in fields(left):
             a, b = getattr(left, field.name), getattr(right, field.name)
             assert type(a) is type(b), field.name
+            if isinstance(a, Labels):
+                a, b = a.texts, b.texts
             if isinstance(a, np.ndarray):
                 assert a.dtype == b.dtype, field.name
                 np.testing.assert_array_equal(a, b, err_msg=field.name)
