@@ -12,7 +12,9 @@ weight that divides an entry depends on its row (or column) alone and the mean i
 a product of concatenated factors again. Columns are rows of the transpose; below, the *pruned* side is the one that
 loses features (``B`` of a row-pruned layer, ``A'`` of a column-pruned one) and the *whole* side is the other. Where
 the concatenated rank is small the product is never built (`fedsim.learn.lowrank`); else it is accumulated in chunks of
-clients. Either way the memory is that of one layer's full matrix and a fixed buffer, however many clients there are.
+clients. Either way the memory beside the updates is that of one layer's full matrix and a fixed buffer, and four bytes
+per client and feature of one layer. Clients of one rank go through each step together: no tensor operation is done
+client by client, and nothing waits for the device.
 
 Consequence to know: the truncation is of the whole matrix. Rows that nobody kept hold their previous value exactly
 in the mean, but after the truncation only as far as `rank_max` components carry it.
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.linears import PrunableLinear, Role, group_width, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.linears import PrunableLinear, Role, group_width, prunable_linears
 from fedsim.learn.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure
@@ -73,18 +75,37 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class _Chunk:
+    """Clients of one rank whose factors are laid side by side: component ``i * rank + k`` is client i's k-th.
+
+    Attributes:
+        clients: places among the contributions.
+        rank: LoRA rank of each.
+        weights: shape (clients,), fp32.
+        rows: shape (features * clients,): for each feature and client the row of the clients' concatenated pruned
+            sides that goes there, or the row behind the last (zeros) where the client lost the feature. None where all
+            clients kept all.
+    """
+
+    clients: Sequence[int]
+    rank: int
+    weights: torch.Tensor
+    rows: torch.Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class _Coverage:
     """Who keeps which features of the pruned side, for all Linears that lose the same groups.
 
     Attributes:
-        kept: per client the kept indices, None where all stay.
-        reciprocal: shape (features,), 1 / summed weight of the clients that kept a feature, 0 where none did.
-        held: indices that nobody kept.
+        chunks: the clients, in chunks that fit the buffer.
+        reciprocal: shape (features, 1), 1 / summed weight of the clients that kept a feature, 0 where none did.
+        held: indices that nobody kept; None where there are none.
     """
 
-    kept: Sequence[torch.Tensor | None]
+    chunks: Sequence[_Chunk]
     reciprocal: torch.Tensor
-    held: torch.Tensor
+    held: torch.Tensor | None
 
 
 def merge(
@@ -151,13 +172,12 @@ def lowrank(
     factors: dict[str, Factors] = {}
     for linear, coverage in _covered(previous, contributions, weights, shape):
         transposed = linear.role in _COLUMN_PRUNED
-        pruned, whole = _mean_update(linear.name, transposed, previous, contributions, weights, coverage, rank_max)
+        pruned, whole = _mean_update(linear.name, transposed, previous, contributions, coverage, rank_max)
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
-        a, old_a = a.contiguous(), previous.factors[linear.name][0]
-        present = int(b.any(dim=0).sum())  # singular values descend: the others come last
+        a, b, old_a = a.contiguous(), b.contiguous(), previous.factors[linear.name][0]
         end = min(rank_max, old_a.shape[0])
-        a[present:end] = old_a[present:end]
-        factors[linear.name] = (a, b.contiguous())
+        a[:end] = torch.where(b[:, :end].any(dim=0).unsqueeze(1), a[:end], old_a[:end])
+        factors[linear.name] = (a, b)
     return Adapter(factors, _mean_head(previous, contributions, weights))
 
 
@@ -188,15 +208,14 @@ def average_factors(
     for linear, coverage in _covered(previous, contributions, weights, shape):
         transposed = linear.role in _COLUMN_PRUNED
         old_pruned, old_whole = _sides(previous.factors[linear.name], transposed)
-        rank, device = next(iter(ranks)), old_pruned.device
-        pruned = torch.zeros((old_pruned.shape[0], rank), device=device)
-        whole = torch.zeros((rank, old_whole.shape[1]), device=device)
-        for contribution, weight, kept in zip(contributions, weights.tolist(), coverage.kept, strict=True):
-            left, right = _sides(contribution.adapter.factors[linear.name], transposed)
-            _add(pruned, left.to(device), kept, weight)
-            whole.add_(right.to(device), alpha=weight)
-        pruned.mul_(coverage.reciprocal.unsqueeze(1))
-        if coverage.held.numel():
+        (rank,), (features, other) = ranks, (old_pruned.shape[0], old_whole.shape[1])
+        pruned, whole = old_pruned.new_zeros((features, rank)), old_whole.new_zeros((rank, other))
+        for chunk in coverage.chunks:
+            left, right = _concatenate(chunk, contributions, linear.name, transposed, pruned.device)
+            pruned += (left.view(features, -1, rank) * chunk.weights.unsqueeze(1)).sum(dim=1)
+            whole += right.view(-1, rank, other).sum(dim=0)
+        pruned *= coverage.reciprocal
+        if coverage.held is not None:
             if old_pruned.shape[1] != rank:
                 raise ConfigError(
                     f"aggregate.rule 'average_factors' cannot hold pruned features of a global adapter of rank "
@@ -229,91 +248,54 @@ def _sides(factors: Factors, transposed: bool) -> tuple[torch.Tensor, torch.Tens
     return (a.T, b.T) if transposed else (b, a)
 
 
-def _add(target: torch.Tensor, rows: torch.Tensor, kept: torch.Tensor | None, weight: float) -> None:
-    """Add ``weight * rows`` to `target` at the kept rows."""
-    if kept is None:
-        target.add_(rows, alpha=weight)
-    else:
-        target.index_add_(0, kept, rows, alpha=weight)
-
-
 def _mean_update(
     name: str,
     transposed: bool,
     previous: Adapter,
     contributions: Sequence[Contribution],
-    weights: NDArray[np.float64],
     coverage: _Coverage,
     rank_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Truncated factors ``(pruned, whole)`` of the masked mean of one Linear's ``B A`` (transposed if asked)."""
     old_pruned, old_whole = _sides(previous.factors[name], transposed)
-    features, other = old_pruned.shape[0], old_whole.shape[1]
-    held = coverage.held if coverage.held.numel() else None
-    rank_sum = sum(c.adapter.factors[name][0].shape[0] for c in contributions)
-    scale = coverage.reciprocal.unsqueeze(1)
+    features, other, held = old_pruned.shape[0], old_whole.shape[1], coverage.held
+    rank_sum = sum(chunk.rank * len(chunk.clients) for chunk in coverage.chunks)
+    parts = (_concatenate(chunk, contributions, name, transposed, old_pruned.device) for chunk in coverage.chunks)
 
     if factored_is_cheaper(features, other, rank_sum + (old_whole.shape[0] if held is not None else 0)):
-        parts = zip(contributions, weights.tolist(), coverage.kept, strict=True)
-        pruned, whole = _concatenate(list(parts), name, transposed, features, other, old_pruned.device)
-        pruned.mul_(scale)
+        left, right = zip(*parts, strict=True)
+        pruned, whole = torch.cat(left, dim=1) * coverage.reciprocal, torch.cat(right)
         if held is not None:
             old_rows = torch.zeros_like(old_pruned)
             old_rows[held] = old_pruned[held]
             pruned, whole = torch.cat([pruned, old_rows], dim=1), torch.cat([whole, old_whole])
         return truncated_svd_factored(pruned, whole, rank_max)
 
-    mean = torch.zeros((features, other), device=old_pruned.device)
-    for chunk in _chunks(contributions, weights, coverage, name, max(features * other, _BUFFER_ELEMENTS)):
-        mean.addmm_(*_concatenate(chunk, name, transposed, features, other, mean.device))
-    mean.mul_(scale)
+    mean = old_pruned.new_zeros((features, other))
+    for pruned, whole in parts:
+        mean.addmm_(pruned, whole)
+    mean *= coverage.reciprocal
     if held is not None:
         mean[held] = old_pruned[held] @ old_whole
     return truncated_svd_dense(mean, rank_max)
 
 
-_Part = tuple[Contribution, float, torch.Tensor | None]
-
-
-def _chunks(
-    contributions: Sequence[Contribution], weights: NDArray[np.float64], coverage: _Coverage, name: str, limit: int
-) -> Iterator[list[_Part]]:
-    """Clients in groups whose concatenated factors take at most `limit` elements (one client at least)."""
-    chunk: list[_Part] = []
-    elements = 0
-    for part in zip(contributions, weights.tolist(), coverage.kept, strict=True):
-        a, b = part[0].adapter.factors[name]
-        # An upper bound without the indices: the pruned side is widened to all features.
-        size = int(a.shape[0]) * (coverage.reciprocal.numel() + max(int(a.shape[1]), int(b.shape[0])))
-        if chunk and elements + size > limit:
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(part)
-        elements += size
-    yield chunk
-
-
 def _concatenate(
-    parts: Sequence[_Part], name: str, transposed: bool, features: int, other: int, device: torch.device
+    chunk: _Chunk, contributions: Sequence[Contribution], name: str, transposed: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(pruned (features, R), whole (R, other))`` whose product is the weighted sum of the parts' updates."""
-    sides = [_sides(contribution.adapter.factors[name], transposed) for contribution, _, _ in parts]
-    whole = torch.cat([right.to(device) for _, right in sides])
-    if all(kept is None for _, _, kept in parts):
-        pruned = torch.cat([left.to(device) for left, _ in sides], dim=1)
+    """``(pruned (features, R), whole (R, other))`` whose product is the weighted sum of the clients' updates.
+
+    The weights are in `whole`.
+    """
+    pairs = [contributions[client].adapter.factors[name] for client in chunk.clients]
+    lefts = [a.T for a, _ in pairs] if transposed else [b for _, b in pairs]
+    whole = torch.cat([b for _, b in pairs], dim=1).T if transposed else torch.cat([a for a, _ in pairs])
+    if chunk.rows is None:
+        pruned = torch.cat(lefts, dim=1).to(device)
     else:
-        pruned = torch.zeros((features, whole.shape[0]), device=device)
-        start = 0
-        for (left, _), (_, _, kept) in zip(sides, parts, strict=True):
-            columns = slice(start, start + left.shape[1])
-            if kept is None:
-                pruned[:, columns] = left
-            else:
-                pruned[:, columns].index_copy_(0, kept, left.to(device))
-            start = columns.stop
-    ranks = torch.tensor([left.shape[1] for left, _ in sides])
-    per_client = torch.tensor([weight for _, weight, _ in parts], dtype=pruned.dtype)
-    return pruned * torch.repeat_interleave(per_client, ranks).to(device), whole
+        filled = torch.cat([*lefts, lefts[0].new_zeros((1, chunk.rank))]).to(device)
+        pruned = filled.index_select(0, chunk.rows).view(-1, whole.shape[0])
+    return pruned, whole.to(device) * chunk.weights.repeat_interleave(chunk.rank).unsqueeze(1)
 
 
 def _covered(
@@ -340,18 +322,50 @@ def _coverage(
     shape: ModelShape,
     device: torch.device,
 ) -> _Coverage:
-    transposed = linear.role in _COLUMN_PRUNED
-    indices = [(kept_columns if transposed else kept_rows)(linear, c.structure, shape) for c in contributions]
-    total = np.zeros(linear.d_in if transposed else linear.d_out)
-    for weight, kept in zip(weights.tolist(), indices, strict=True):
-        total[slice(None) if kept is None else kept] += weight
+    is_head, width = linear.role in _HEADS, group_width(linear, shape)
+    masks = [c.structure.head_mask if is_head else c.structure.channel_mask for c in contributions]
+    kept = np.repeat(np.stack([mask[linear.layer] for mask in masks]), width, axis=1)
+    total = np.where(kept, weights[:, None], 0.0).sum(axis=0)
     held = np.flatnonzero(total == 0.0)
     reciprocal = np.divide(1.0, total, out=np.zeros_like(total), where=total > 0.0)
     return _Coverage(
-        kept=[None if kept is None else torch.from_numpy(kept).to(device) for kept in indices],
-        reciprocal=torch.from_numpy(reciprocal.astype(np.float32)).to(device),
-        held=torch.from_numpy(held).to(device),
+        chunks=list(_chunks(kept, np.array([c.adapter.rank for c in contributions]), weights, shape.hidden, device)),
+        reciprocal=torch.from_numpy(reciprocal.astype(np.float32)).to(device).unsqueeze(1),
+        held=torch.from_numpy(held).to(device) if len(held) else None,
     )
+
+
+def _chunks(
+    kept: NDArray[np.bool_], ranks: NDArray[np.int64], weights: NDArray[np.float64], other: int, device: torch.device
+) -> Iterator[_Chunk]:
+    """Clients of equal rank in chunks whose factors fill at most the size of the full matrix (a client at least).
+
+    Args:
+        kept: shape (P, features).
+        other: width of the whole side (every prunable Linear has the hidden width on that side).
+    """
+    features = kept.shape[1]
+    limit = max(features * other, _BUFFER_ELEMENTS)
+    for rank in np.unique(ranks).tolist():
+        members = np.flatnonzero(ranks == rank)
+        step = max(1, limit // (rank * (features + other)))
+        for start in range(0, len(members), step):
+            clients = members[start : start + step]
+            yield _Chunk(
+                clients.tolist(),
+                rank,
+                torch.from_numpy(weights[clients].astype(np.float32)).to(device),
+                _rows(kept[clients], device),
+            )
+
+
+def _rows(kept: NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:
+    """`_Chunk.rows` of the clients whose kept features are the rows of `kept`."""
+    if kept.all():
+        return None
+    ends = np.cumsum(kept, dtype=np.int32).reshape(kept.shape)
+    rows = np.where(kept, ends - 1, ends[-1, -1]).T
+    return torch.from_numpy(np.ascontiguousarray(rows).ravel()).to(device)
 
 
 def _mean_head(

@@ -133,18 +133,17 @@ def test_bits_repeat_and_buffers_do_not_matter(factored, monkeypatch):
     _assert_same_updates(one_by_one, first)
 
 
-def test_chunks_stay_within_their_limit_and_lose_no_client():
-    clients = [_contribution(seed, rank=1 + seed % 4, ratio=0.5) for seed in range(20)]
+def test_chunks_stay_within_their_limit_and_lose_no_client(monkeypatch):
+    monkeypatch.setattr(aggregate, "_BUFFER_ELEMENTS", 1)
+    clients = [_contribution(seed, rank=1 + seed % 4, ratio=0.5) for seed in range(60)]
     linear = prunable_linears(SHAPE)[0]
-    weights = client_weights(clients, 0.0)
-    coverage = aggregate._coverage(linear, clients, weights, SHAPE, torch.device("cpu"))
-    limit = 500
-    chunks = list(aggregate._chunks(clients, weights, coverage, linear.name, limit))
-    assert [part[0] for chunk in chunks for part in chunk] == clients
-    assert 1 < len(chunks) < 20
-    for chunk in chunks:
-        pruned, whole = aggregate._concatenate(chunk, linear.name, False, 24, 24, torch.device("cpu"))
-        assert pruned.numel() + whole.numel() <= limit
+    coverage = aggregate._coverage(linear, clients, client_weights(clients, 0.0), SHAPE, torch.device("cpu"))
+    assert sorted(client for chunk in coverage.chunks for client in chunk.clients) == list(range(60))
+    assert 4 < len(coverage.chunks) < 30
+    for chunk in coverage.chunks:
+        assert {clients[client].adapter.rank for client in chunk.clients} == {chunk.rank}
+        pruned, whole = aggregate._concatenate(chunk, clients, linear.name, False, torch.device("cpu"))
+        assert pruned.numel() + whole.numel() <= linear.d_out * linear.d_in
 
 
 rounds = st.lists(
