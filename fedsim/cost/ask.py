@@ -2,15 +2,19 @@
 
 A *learner's shape* says which pruning ratios can be achieved (its head groups and channels are whole numbers); a
 *clock's shape* says how much work that is. The learner's kept fractions, layer by layer, are applied to the clock's.
+
+A job runs its first steps at one structure, its start, and its recovery steps at another, its end. What it asks is the
+sum of what is spent at each, its peak the larger of theirs. Where all layers keep as much, what is spent at a structure
+is linear in the two kept fractions, and these in the rank: six numbers price it for a whole fleet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from fedsim.cost.workload import (
     TRAINED_BYTES,
@@ -58,6 +62,76 @@ class JobSetting:
             raise ConfigError(f"importance_every is {self.importance_every}; it must be at least 1")
 
 
+@dataclass(frozen=True, eq=False)
+class _Spent:
+    """What is spent at one structure of a job; arrays that broadcast to one shape.
+
+    Attributes:
+        flops, memory_bytes, launches, peak_memory_bytes: of the steps and importance estimates run at it.
+        traffic_bytes: of sending it one way.
+        slicing_bytes: bytes moved if the device has to change its structure to this one.
+    """
+
+    flops: FloatArray
+    memory_bytes: FloatArray
+    launches: FloatArray
+    peak_memory_bytes: FloatArray
+    traffic_bytes: FloatArray
+    slicing_bytes: FloatArray
+
+
+@dataclass(frozen=True)
+class _Price:
+    """``fixed + heads h + channels c + rank (per_rank + rank_heads h + rank_channels c)``, h and c kept fractions."""
+
+    fixed: float
+    heads: float
+    channels: float
+    per_rank: float
+    rank_heads: float
+    rank_channels: float
+
+    @classmethod
+    def of_corners(cls, corners: FloatArray) -> _Price:
+        """From the values at `_CORNERS`."""
+        origin, heads, channels, rank, rank_heads, rank_channels = map(float, corners)
+        step = rank - origin
+        return cls(
+            origin, heads - origin, channels - origin, step, rank_heads - heads - step, rank_channels - channels - step
+        )
+
+    def at(self, heads: FloatArray, channels: FloatArray, rank: FloatArray) -> FloatArray:
+        """The value; arguments broadcast."""
+        structure = self.fixed + self.heads * heads + self.channels * channels
+        if self.per_rank == self.rank_heads == self.rank_channels == 0.0:
+            return structure
+        return structure + rank * (self.per_rank + self.rank_heads * heads + self.rank_channels * channels)
+
+
+_CORNERS = np.array([[0, 1, 0, 0, 1, 0], [0, 0, 1, 0, 0, 1], [0, 0, 0, 1, 1, 1]], dtype=np.float64)
+"""Points (kept heads, kept channels, rank) that a `_Price` is read from; fractions of zero are no structure, but the
+counting rules extend to them."""
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """Prices of the fields of `_Spent`, in their order."""
+
+    prices: tuple[_Price, ...]
+
+    @classmethod
+    def of(cls, spent: Callable[[FloatArray, FloatArray, FloatArray], _Spent]) -> _Prices:
+        """Read from what `spent` (heads, channels: last axis layers; rank) says at the corners."""
+        heads, channels, rank = _CORNERS
+        corners = spent(heads[:, None], channels[:, None], rank)
+        values = [np.broadcast_to(getattr(corners, field.name), rank.shape) for field in fields(_Spent)]
+        return cls(tuple(_Price.of_corners(value) for value in values))
+
+    def at(self, heads: FloatArray, channels: FloatArray, rank: FloatArray) -> _Spent:
+        """What is spent; arguments broadcast."""
+        return _Spent(*(price.at(heads, channels, rank) for price in self.prices))
+
+
 class ShapeAsk:
     """Work of every arm, from shapes alone (implements `fedsim.specs.Ask`).
 
@@ -82,6 +156,8 @@ class ShapeAsk:
         self._ranks = np.array(offered, dtype=np.int64)
         # Learner's layer that stands for each layer of the clock.
         self._layer_of = np.arange(clock_shape.layers) * learner_shape.layers // clock_shape.layers
+        self._start_prices = _Prices.of(self._spent_at_start)
+        self._end_prices = _Prices.of(self._spent_at_end)
 
     @property
     def ranks(self) -> IntArray:
@@ -94,14 +170,17 @@ class ShapeAsk:
         Every layer keeps as many groups (``layer_local``). A device whose ratio falls grows back at dispatch, and
         runs all its steps at the end structure.
         """
-        before = np.asarray(ratio_before, dtype=np.float64)
-        after = np.asarray(ratio, dtype=np.float64)
-        dispatched = kept_counts(self._learner, before)
-        start = kept_counts(self._learner, np.minimum(before, after))
-        end = kept_counts(self._learner, after)
-        expand = self._expand
-        regrown = (dispatched[0] < start[0]) | (dispatched[1] < start[1])
-        return self._work(*expand(start), *expand(end), regrown, rank)
+        groups, ffn = self._learner.head_groups, self._learner.ffn
+        heads_before, channels_before = kept_counts(self._learner, ratio_before)
+        heads, channels = kept_counts(self._learner, ratio)
+        changes = (heads_before != heads) | (channels_before != channels)
+        rank = np.asarray(rank, dtype=np.float64)
+        # Fewer groups are kept the higher the ratio, so that the start is the larger of both structures.
+        start = self._start_prices.at(
+            np.maximum(heads_before, heads) / groups, np.maximum(channels_before, channels) / ffn, rank
+        )
+        end = self._end_prices.at(heads / groups, channels / ffn, rank)
+        return self._job_work(start, end, changes, rank)
 
     def work_of_counts(
         self,
@@ -125,56 +204,59 @@ class ShapeAsk:
         groups, ffn = self._learner.head_groups, self._learner.ffn
         start = fractions(heads_start, groups), fractions(channels_start, ffn)
         end = fractions(heads_end, groups), fractions(channels_end, ffn)
-        return self._work(*start, *end, np.zeros(start[0].shape[:-1], dtype=bool), rank)
+        changes = ((start[0] != end[0]) | (start[1] != end[1])).any(axis=-1)
+        return self._job_work(self._spent_at_start(*start, rank), self._spent_at_end(*end, rank), changes, rank)
 
-    def _expand(self, counts: tuple[IntArray, IntArray]) -> tuple[FloatArray, FloatArray]:
-        heads, channels = counts
-        return (heads / self._learner.head_groups)[..., None], (channels / self._learner.ffn)[..., None]
+    def _spent_at_start(self, heads: FloatArray, channels: FloatArray, rank: ArrayLike) -> _Spent:
+        """All but the recovery steps, and the download; kept fractions ``(..., clock layers)`` or ``(..., 1)``."""
+        first_steps = self._job.local_steps - self._job.recovery_steps
+        kept = kept_sums(self._clock, self._job.step, heads, channels)
+        return self._spent(kept, rank, first_steps, self._estimates(first_steps), self._update_bytes(kept, rank))
 
-    def _work(
-        self,
-        heads_start: FloatArray,
-        channels_start: FloatArray,
-        heads_end: FloatArray,
-        channels_end: FloatArray,
-        regrown: np.ndarray,
-        rank: ArrayLike,
-    ) -> Work:
-        job, shape, step = self._job, self._clock, self._job.step
-        start = kept_sums(shape, step, heads_start, channels_start)
-        end = kept_sums(shape, step, heads_end, channels_end)
-        pruned = ((heads_start != heads_end) | (channels_start != channels_end)).any(axis=-1)
-        recovery = np.where(pruned, job.recovery_steps, 0)
-        first_steps = job.local_steps - recovery
+    def _spent_at_end(self, heads: FloatArray, channels: FloatArray, rank: ArrayLike) -> _Spent:
+        """The recovery steps, and the upload with the scores of the kept groups where the method prunes.
 
-        first = work_of_sums(shape, start, rank, step)
-        last = work_of_sums(shape, end, rank, step)
-        flops = first_steps * first.flops + recovery * last.flops
-        moved = first_steps * first.memory_bytes + recovery * last.memory_bytes
-        launches = first_steps * first.launches + recovery * last.launches
-        peak = np.maximum(first.peak_memory_bytes, last.peak_memory_bytes)
-
-        if job.importance_every is not None:
-            # Estimates fall on every `importance_every`-th step, counted over the whole job.
-            first_count = first_steps // job.importance_every
-            last_count = job.local_steps // job.importance_every - first_count
-            early, late = importance_work(shape, start, rank), importance_work(shape, end, rank)
-            flops = flops + first_count * early.flops + last_count * late.flops
-            moved = moved + first_count * early.memory_bytes + last_count * late.memory_bytes
-            launches = launches + first_count * early.launches + last_count * late.launches
-            peak = peak + early.peak_memory_bytes
-
-        kept_end = block_weights(shape, end.heads_all, end.channels_all)
-        change = slicing_work(shape, kept_end, step.precision)
-        changes = pruned | regrown
-        moved = moved + changes * change.memory_bytes
-        launches = launches + changes * change.launches
-
-        download = self._update_bytes(start, rank)
-        upload = self._update_bytes(end, rank)
+        A job that does not change its structure runs the same steps here as if it had no recovery.
+        """
+        job, shape = self._job, self._clock
+        first_steps = job.local_steps - job.recovery_steps
+        kept = kept_sums(shape, job.step, heads, channels)
+        upload = self._update_bytes(kept, rank)
         if job.prunes:
-            upload = upload + TRAINED_BYTES * (end.heads_all * shape.head_groups + end.channels_all * shape.ffn)
-        return Work(*np.broadcast_arrays(flops, moved, launches, peak, download, upload, np.asarray(rank))[:6])
+            upload = upload + TRAINED_BYTES * (kept.heads_all * shape.head_groups + kept.channels_all * shape.ffn)
+        late_estimates = self._estimates(job.local_steps) - self._estimates(first_steps)
+        return self._spent(kept, rank, job.recovery_steps, late_estimates, upload)
+
+    def _estimates(self, steps: int) -> int:
+        """Importance estimates in the first `steps` steps: on every `importance_every`-th, counted over the job."""
+        return steps // self._job.importance_every if self._job.importance_every is not None else 0
+
+    def _spent(self, kept: KeptSums, rank: ArrayLike, steps: int, estimates: int, traffic_bytes: FloatArray) -> _Spent:
+        shape, setting = self._clock, self._job.step
+        step = work_of_sums(shape, kept, rank, setting)
+        flops, moved, launches = steps * step.flops, steps * step.memory_bytes, steps * step.launches
+        peak = step.peak_memory_bytes
+        if self._job.importance_every is not None:
+            estimate = importance_work(shape, kept, rank)
+            flops = flops + estimates * estimate.flops
+            moved = moved + estimates * estimate.memory_bytes
+            launches = launches + estimates * estimate.launches
+            peak = peak + estimate.peak_memory_bytes
+        slicing = slicing_work(shape, block_weights(shape, kept.heads_all, kept.channels_all), setting.precision)
+        return _Spent(flops, moved, launches, peak, traffic_bytes, slicing.memory_bytes)
+
+    def _job_work(self, start: _Spent, end: _Spent, changes: NDArray[np.bool_], rank: ArrayLike) -> Work:
+        """The sum of both structures' shares, and of changing from one to the other where the device does."""
+        slicing = slicing_work(self._clock, np.zeros(()), self._job.step.precision)
+        work = (
+            start.flops + end.flops,
+            start.memory_bytes + end.memory_bytes + changes * end.slicing_bytes,
+            start.launches + end.launches + changes * slicing.launches,
+            np.maximum(start.peak_memory_bytes, end.peak_memory_bytes),
+            start.traffic_bytes,
+            end.traffic_bytes,
+        )
+        return Work(*np.broadcast_arrays(*work, np.asarray(rank))[:6])
 
     def _update_bytes(self, kept: KeptSums, rank: ArrayLike) -> FloatArray:
         """LoRA of the targeted Linears' kept rows and columns and the classification head, fp32, one way."""

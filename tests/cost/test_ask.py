@@ -130,6 +130,24 @@ def test_counts_of_equal_layers_ask_what_the_ratio_asks():
         assert getattr(by_counts, field) == pytest.approx(getattr(by_ratio, field), rel=1e-12)
 
 
+@pytest.mark.parametrize("clock", ["minilm-l6", "roberta-base", "bert-large", "tinyllama-1.1b", "llama-7b"])
+@pytest.mark.parametrize("every", [None, 3])
+@pytest.mark.parametrize("top", [None, 0, 2])
+def test_prices_equal_counting_layer_by_layer(clock, every, top):
+    shape = load_shape(clock)
+    setting = job(importance_every=every, step=StepSetting(4, 32, "fp16", train_top_layers=top))
+    ask = ShapeAsk(shape, shape, setting, RANKS)
+    before = np.linspace(0.0, 0.6, 40)
+    after = before + np.linspace(0.0, 0.3, 40)[::-1]
+    rank = np.array(RANKS)[np.arange(40) % len(RANKS)]
+    counts = [
+        np.tile(kept[:, None], shape.layers) for kept in (*kept_counts(shape, before), *kept_counts(shape, after))
+    ]
+    counted, priced = ask.work_of_counts(*counts, rank), ask.work(before, after, rank)
+    for field, values in vars(counted).items():
+        np.testing.assert_allclose(getattr(priced, field), values, rtol=1e-12, err_msg=field)
+
+
 def test_layers_of_the_clock_take_the_fractions_of_the_learner_in_order():
     # Training the clock's top 6 layers alone: only the learner's second layer may matter for what is trained.
     ask = ShapeAsk(TINY, BASE, job(step=StepSetting(4, 32, train_top_layers=6), prunes=False), RANKS)
