@@ -78,7 +78,11 @@ class FleetSettings(Section):
 
 
 class ServerSettings(Section):
-    """The round protocol. ``over_selection`` dispatches that share more clients than a round waits for."""
+    """The round protocol. ``over_selection`` dispatches that share more clients than a round waits for.
+
+    ``checkpoint_every`` counts rounds; ``auto`` writes one after the first round and then as often as about 5% of the
+    host's time allows, and at the end. It decides what lies on disk, never a result.
+    """
 
     mode: Literal["sync"] = "sync"
     rounds: Positive = 100
@@ -87,7 +91,7 @@ class ServerSettings(Section):
     deadline_s: PositiveFloat | None = None
     target_accuracy: Fraction | None = None
     time_budget_s: PositiveFloat | None = None
-    checkpoint_every: Positive = 1
+    checkpoint_every: Positive | Literal["auto"] = "auto"
 
 
 class TrainSettings(Section):

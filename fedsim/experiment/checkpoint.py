@@ -3,18 +3,22 @@
 ``<directory>/round-000012/`` holds ``state.safetensors`` and ``meta.json`` (with the state's SHA-256). Both are written
 in a temporary folder, forced to disk, and the folder is renamed: killed at any moment, the previous one still loads.
 No pickle.
+
+How often: `CheckpointPace`. The host's clock may decide there, as it decides only what lies on disk: a run ends with
+the same results wherever its checkpoints are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError
@@ -26,9 +30,33 @@ from fedsim.experiment.rundir import TEMPORARY_SUFFIX, json_text, sync_folder, w
 KEPT = 2
 """How many checkpoints stay: the newest, and one to go back to should it be damaged."""
 
+AUTO_SHARE = 20.0
+"""With ``auto``, the time between two checkpoints is at least this many times what the last one took."""
+
 STATE = "state.safetensors"
 META = "meta.json"
 _NAME = re.compile(r"round-(\d{6,})")
+
+
+class CheckpointPace:
+    """Says when a checkpoint is due; the end of a run always has one.
+
+    Args:
+        every: ``server.checkpoint_every``: rounds between checkpoints, or ``auto``: one after the first round, then
+            whenever the host time since the last is at least `AUTO_SHARE` times what that one took.
+    """
+
+    def __init__(self, every: int | Literal["auto"]) -> None:
+        self._every = every
+        self._due_s = -math.inf
+
+    def due(self, next_round: int, now_s: float) -> bool:
+        """Whether one is to be written now, before round `next_round`; `now_s` is the host's clock."""
+        return now_s >= self._due_s if self._every == "auto" else next_round % self._every == 0
+
+    def wrote(self, began_s: float, ended_s: float) -> None:
+        """One was written, from `began_s` to `ended_s` on the host's clock."""
+        self._due_s = ended_s + AUTO_SHARE * (ended_s - began_s)
 
 
 def save_checkpoint(directory: Path, next_round: int, state: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> Path:

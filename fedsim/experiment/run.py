@@ -14,7 +14,7 @@ from typing import Any
 from fedsim.cost.device import DeviceProfile, perturbed
 from fedsim.errors import RunError
 from fedsim.experiment.build import Experiment, build
-from fedsim.experiment.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from fedsim.experiment.checkpoint import CheckpointPace, has_checkpoint, load_checkpoint, save_checkpoint
 from fedsim.experiment.config import build_config, config_hash, config_yaml, find_config, read_tree
 from fedsim.experiment.progress import Progress
 from fedsim.experiment.records import RecordWriter
@@ -163,6 +163,7 @@ def _simulate(
     """
     config, federation = experiment.config, experiment.federation
     writer = RecordWriter(directory.path, config.records, next_round=start.next_round)
+    pace = CheckpointPace(config.server.checkpoint_every)
     began_s = time.perf_counter() - spent_s
     round_began_s = time.perf_counter()
 
@@ -172,7 +173,7 @@ def _simulate(
         writer.append_round(plan, report, learning, block, host_s=now_s - round_began_s)
         round_began_s = now_s
         after = state_after(config.server, report, learning, block)
-        if finished(config.server, after) or after.next_round % config.server.checkpoint_every == 0:
+        if finished(config.server, after) or pace.due(after.next_round, now_s):
             # Records first: a part beyond the newest checkpoint is dropped at resume, a missing one is lost.
             writer.close_part(after.next_round)
             meta = {
@@ -182,6 +183,7 @@ def _simulate(
                 "host_s": now_s - began_s,
             }
             save_checkpoint(directory.path / CHECKPOINT, after.next_round, federation.state(), meta)
+            pace.wrote(now_s, time.perf_counter())
         progress.round_done(report, learning)
 
     with progress:

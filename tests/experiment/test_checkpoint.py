@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedsim.errors import RunError
-from fedsim.experiment.checkpoint import has_checkpoint, load_checkpoint, save_checkpoint
+from fedsim.experiment.checkpoint import AUTO_SHARE, CheckpointPace, has_checkpoint, load_checkpoint, save_checkpoint
 
 DTYPES = [np.bool_, np.int8, np.int32, np.int64, np.uint8, np.uint64, np.float16, np.float32, np.float64]
 ARRAYS = st.sampled_from(DTYPES).flatmap(
@@ -185,3 +185,29 @@ def test_the_same_round_again_replaces_its_checkpoint(tmp_path):
     save_checkpoint(tmp_path, 2, {"a": np.array(2)}, {})
     assert load_checkpoint(tmp_path)[1]["a"] == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["round-000002"]
+
+
+def test_a_pace_in_rounds():
+    pace = CheckpointPace(3)
+    assert [next_round for next_round in range(1, 10) if pace.due(next_round, 0.0)] == [3, 6, 9]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.floats(1e-4, 10.0), st.floats(1e-4, 10.0)), min_size=1, max_size=60))
+def test_the_pace_auto_bounds_what_checkpoints_cost(rounds):
+    """One after the first round; each costs at most a twentieth of the time to the next."""
+    pace, now_s, between_s, costs = CheckpointPace("auto"), 0.0, [], []
+    ended_s = 0.0
+    for number, (round_s, cost_s) in enumerate(rounds, start=1):
+        now_s += round_s
+        if pace.due(number, now_s):
+            between_s.append(now_s - ended_s)
+            pace.wrote(now_s, now_s + cost_s)
+            now_s += cost_s
+            ended_s = now_s
+            costs.append(cost_s)
+        else:
+            assert now_s - ended_s < AUTO_SHARE * costs[-1] + 1e-9
+    assert between_s[0] == rounds[0][0]
+    for cost_s, following_s in zip(costs, between_s[1:], strict=False):
+        assert cost_s <= following_s / AUTO_SHARE + 1e-9

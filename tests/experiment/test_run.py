@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ SMALL = {
     "model": {"name": "tiny", "lora_rank": 4, "lora_rank_max": 8},
     "data": {"name": "synthetic", "max_samples": 240},
     "fleet": {"clients": 6},
-    "server": {"rounds": 6, "clients_per_round": 4},
+    "server": {"rounds": 6, "clients_per_round": 4, "checkpoint_every": 1},
     "train": {"local_steps": 4, "batch_size": 4, "max_length": 32, "learning_rate": 5e-3},
     "prune": {"warmup_rounds": 1, "end_round": 5, "max_step": 0.5},
     "evaluate": {"every_rounds": 2, "panel": 3, "max_samples": 40},
@@ -131,6 +132,33 @@ def test_resume_from_every_round_is_identical(tmp_path, stopped_after, monkeypat
         fedsim.run(TIMING, out=tmp_path / "killed", quiet=True)
     monkeypatch.undo()
     assert_same_run(expected, fedsim.run(TIMING, out=tmp_path / "killed", resume=True, quiet=True))
+
+
+def test_checkpoints_paced_by_the_host_change_no_result(tmp_path, monkeypatch):
+    """One after the first round and one at the end at least; a kill in between goes on from the first."""
+    import fedsim.experiment.run as run_module
+
+    expected = fedsim.run(TIMING, out=tmp_path / "whole", quiet=True)
+    saved, real = [], run_module.save_checkpoint
+
+    def save_slowly(folder, next_round, state, meta):
+        real(folder, next_round, state, meta)
+        saved.append(next_round)
+        time.sleep(0.2)  # the next is due after four seconds, long after the end
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "save_checkpoint", save_slowly)
+    options = {"quiet": True, "server.checkpoint_every": "auto"}
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.RecordWriter, "join", die)
+        with pytest.raises(KeyboardInterrupt):
+            fedsim.run(TIMING, out=tmp_path / "killed", **options)
+    assert saved == [1, 6]
+    shutil.rmtree(tmp_path / "killed" / "checkpoint" / "round-000006")
+    assert_same_run(expected, fedsim.run(TIMING, out=tmp_path / "killed", resume=True, **options))
+    assert saved == [1, 6, 2, 6]
 
 
 def test_resume_between_a_part_and_its_checkpoint_is_identical(tmp_path, monkeypatch):
