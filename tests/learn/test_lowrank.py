@@ -105,6 +105,10 @@ def test_flop_rule_prefers_factors_only_where_they_are_small():
     assert factored_is_cheaper(384, 1536, 64)
     assert factored_is_cheaper(1536, 384, 64)
     assert not factored_is_cheaper(64, 64, 640)
+    for d_out, d_in in [(64, 64), (256, 64), (384, 384), (1536, 384), (768, 768), (768, 3072)]:
+        narrow = min(d_out, d_in)
+        assert factored_is_cheaper(d_out, d_in, int(0.75 * narrow)), "measured: faster up to here"
+        assert not factored_is_cheaper(d_out, d_in, int(0.84 * narrow)), "measured: slower from here"
     for d_out, d_in in [(1, 1), (5, 9), (64, 64), (64, 256), (4096, 11008)]:
         cheaper = [factored_is_cheaper(d_out, d_in, rank) for rank in range(1, min(d_out, d_in) + 2)]
         assert cheaper == sorted(cheaper, reverse=True), "the rule switches once"
