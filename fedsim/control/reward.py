@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fedsim.control.checkpoint import take
+from fedsim.control.quantile import RunningQuantile
 from fedsim.settings import RewardSettings
 from fedsim.specs import FloatArray, State
 
@@ -40,8 +40,7 @@ class RewardModel:
 
     def __init__(self, settings: RewardSettings, clients: int) -> None:
         self._settings = settings
-        self._window = np.full(max(_LEAST_WINDOW, _WINDOW_ROUNDS * clients), np.nan)
-        self._written = np.zeros(1, dtype=np.int64)
+        self._percentile = RunningQuantile(_QUANTILE, max(_LEAST_WINDOW, _WINDOW_ROUNDS * clients))
 
     def compute(
         self,
@@ -119,20 +118,16 @@ class RewardModel:
     def _normalised(self, values: FloatArray) -> FloatArray:
         """Values over the 90th percentile of the window, this round's included, clipped to [0, 1]; NaN stays."""
         finite = values[np.isfinite(values)]
-        places = (int(self._written[0]) + np.arange(finite.size)) % self._window.size
-        self._window[places] = finite
-        self._written += finite.size
-        seen = self._window[~np.isnan(self._window)]
-        scale = float(np.quantile(seen, _QUANTILE)) if seen.size else 0.0
+        self._percentile.add(finite)
+        scale = self._percentile.value(turnover=finite.size)
         clean = np.where(np.isfinite(values), values, np.nan)
         # No reduction to speak of: nobody earns anything for it.
         return np.clip(clean / scale, 0.0, 1.0) if scale > 0 else clean * 0.0
 
     def state(self) -> State:
         """Arrays for the checkpoint."""
-        return {"window": self._window.copy(), "written": self._written.copy()}
+        return self._percentile.state()
 
     def restore(self, state: State) -> None:
         """Take the arrays of a checkpoint. Raises RunError where they do not fit."""
-        self._window = take(state, "window", self._window)
-        self._written = take(state, "written", self._written)
+        self._percentile.restore(state)
