@@ -32,6 +32,9 @@ ROW_GROUP = 65_536
 PART_ROWS = 524_288
 """Waiting rows (of all tables) at which a part is closed without a checkpoint."""
 
+PART_ROUNDS = 1000
+"""Waiting rounds at which a part is closed without a checkpoint: a row that waits alone costs kilobytes."""
+
 
 class EventBlock(Protocol):
     """The trace of one round, as the writer takes it."""
@@ -129,6 +132,7 @@ class RecordWriter:
         self._next_round = next_round
         self._part_rows = part_rows
         self._waiting: dict[str, list[pa.Table]] = {table: [] for table in self._tables}
+        self._waiting_rows = 0
         with writing(self._parts):
             self._parts.mkdir(exist_ok=True)
             for path, _, _, end in list_parts(self._parts):
@@ -157,7 +161,8 @@ class RecordWriter:
             self._waiting["client_rounds"].append(client_round_rows(plan, report, learning))
         if "events" in self._waiting:
             self._waiting["events"].append(_table("events", block.columns()))
-        if sum(len(table) for tables in self._waiting.values() for table in tables) >= self._part_rows:
+        self._waiting_rows += sum(len(tables[-1]) for tables in self._waiting.values())
+        if self._waiting_rows >= self._part_rows or len(self._waiting["rounds"]) >= PART_ROUNDS:
             self.close_part(plan.round_index + 1)
 
     def close_part(self, next_round: int) -> None:
@@ -188,6 +193,7 @@ class RecordWriter:
                     write_statistics=False,
                 )
         self._waiting = {table: [] for table in self._tables}
+        self._waiting_rows = 0
         self._next_round = next_round
 
     def join(self) -> None:

@@ -258,6 +258,12 @@ def test_many_waiting_rows_close_a_part_and_change_no_byte(tmp_path):
     assert read_bytes(whole) == read_bytes(folder)
 
 
+def test_many_waiting_rounds_close_a_part_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "PART_ROUNDS", 5)
+    append(RecordWriter(tmp_path, EVERYTHING), config_of("fedlora", 0, 12), range(12))
+    assert [part[2:] for part in list_parts(tmp_path / "parts") if part[1] == "rounds"] == [(0, 5), (5, 10)]
+
+
 def test_what_is_read_back_is_what_was_appended(tmp_path):
     folder = write_all(tmp_path / "a", [5, 12])
     config, now_s, expected = config_of("fedspine", 3, 12), 0.0, []

@@ -99,6 +99,16 @@ def start_process(config, out, *extra):
     )
 
 
+def test_a_whole_timing_only_run_loads_no_torch(tmp_path):
+    code = (
+        "import json, sys, fedsim\n"
+        "fedsim.run(json.loads(sys.argv[1]), out=sys.argv[2], quiet=True)\n"
+        "print(sorted({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(TIMING), str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_like_an_uninterrupted_one(whole, tmp_path):
     out = tmp_path / "killed"

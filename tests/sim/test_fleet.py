@@ -125,6 +125,17 @@ def test_modes_are_redrawn_every_period(fleet_file):
     assert not np.array_equal(often.modes(0), often.modes(1))
 
 
+def test_modes_do_not_depend_on_which_rounds_were_asked_before(fleet_file):
+    """Draws are remembered for a while: in any order of rounds they are those of a fleet that was never asked."""
+    fleet = load_fleet(fleet_file(clients=40, period=2), "fp32", seed=3)
+    some = np.array([3, 8, 30])
+    for r in (9, 0, 4, 5, 9, 2, 3, 11, 1):
+        fresh = load_fleet(fleet_file(clients=40, period=2), "fp32", seed=3)
+        assert np.array_equal(fleet.modes(r), fresh.modes(r))
+        assert np.array_equal(fleet.mode_names(r, some), fresh.mode_names(r)[some])
+        fleet.modes(r)[:] = -1  # what is handed out is the caller's own
+
+
 def test_fixed_and_weighted_modes(fleet_file):
     devices = [
         {"profile": "red.yaml", "mode": "SLOW", "count": 2},
