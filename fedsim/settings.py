@@ -107,9 +107,10 @@ class TrainSettings(Section):
     learning_rate: PositiveFloat = 1e-3
     schedule: Literal["linear", "constant"] = "linear"
     max_length: Positive = 64
-    engine: Literal["auto", "reference", "surrogate", "none"] = "auto"
+    engine: Literal["auto", "reference", "masked", "sliced", "surrogate", "none"] = "auto"
     surrogate: str | None = None
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    memory_budget_bytes: Positive | None = None
     torch_device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
 

@@ -101,7 +101,8 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         facts["data"] = {"name": None, "sha256": None, "train": 0, "test": 0}
         labels_of_learning = ["timing only: nothing was trained"]
     else:
-        learner, facts["model"] = _build_learner(config, method, corpus, fleet.clients, say)
+        learner, more = _build_learner(config, method, corpus, fleet.clients, say)
+        facts |= more
         facts["data"] = {
             "name": config.data.path or config.data.name or "synthetic",
             "sha256": corpus_hash(corpus),
@@ -242,10 +243,11 @@ def _build_learner(
 ) -> tuple[Learner, dict[str, object]]:
     parts = partition(corpus.train, config.data, clients, config.seed)
     say("loading torch and the model")
-    from fedsim.learn.learner import build_learner  # heavy: only runs that train pay for it
+    from fedsim.learn.build import build_learner  # heavy: only runs that train pay for it
 
     learner = build_learner(config, method.prunes, corpus, parts)
-    return learner, {"name": config.model.name, "sha256": learner.weights_sha256, "device": learner.device_name}
+    model = {"name": config.model.name, "sha256": learner.weights_sha256}
+    return learner, {"model": model, **learner.facts}
 
 
 def _build_surrogate(

@@ -219,7 +219,7 @@ def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | 
         "labels": labels,
         "sources": list(method.sources),
         "config_hash": config_hash(config),
-        "engine": config.train.engine if config.train.engine in ("none", "surrogate") else "reference",
+        "engine": config.train.engine,  # of a run that trains, the chosen one follows from the facts
         "versions": {
             "fedsim": metadata.version("fedspine-sim"),
             "python": platform.python_version(),

@@ -13,8 +13,8 @@ a product of concatenated factors again. Columns are rows of the transpose; belo
 loses features (``B`` of a row-pruned layer, ``A'`` of a column-pruned one) and the *whole* side is the other. Where
 the concatenated rank is small the product is never built (`fedsim.learn.lowrank`); else it is accumulated in chunks of
 clients. Either way the memory beside the updates is that of one layer's full matrix and a fixed buffer, and four bytes
-per client and feature of one layer. Clients of one rank go through each step together: no tensor operation is done
-client by client, and nothing waits for the device.
+per client and feature of one layer. Clients of one rank go through each step together, and the device is waited for
+once per Linear at most (by the eigendecomposition's own check), never once per client.
 
 Consequence to know: the truncation is of the whole matrix. Rows that nobody kept hold their previous value exactly
 in the mean, but after the truncation only as far as `rank_max` components carry it.
@@ -23,6 +23,7 @@ in the mean, but after the truncation only as far as `rank_max` components carry
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,15 +33,14 @@ from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.linears import PrunableLinear, Role, group_width, prunable_linears
+from fedsim.learn.coverage import COLUMN_PRUNED, Chunk, Coverage, concatenate, coverage_of, groups_lost, sides
+from fedsim.learn.linears import PrunableLinear, prunable_linears
 from fedsim.learn.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure
 
-_BUFFER_ELEMENTS = 1 << 18
-"""Least room for concatenated factors: 1 MB, so that small layers are not merged client by client."""
-_COLUMN_PRUNED = (Role.ATTENTION_OUT, Role.DOWN)
-_HEADS = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
+_HEAD_ELEMENTS = 1 << 22
+"""Room for heads side by side: 16 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,40 +74,6 @@ class Rule(Protocol):
     ) -> Adapter: ...
 
 
-@dataclass(frozen=True, eq=False)
-class _Chunk:
-    """Clients of one rank whose factors are laid side by side: component ``i * rank + k`` is client i's k-th.
-
-    Attributes:
-        clients: places among the contributions.
-        rank: LoRA rank of each.
-        weights: shape (clients,), fp32.
-        rows: shape (features * clients,): for each feature and client the row of the clients' concatenated pruned
-            sides that goes there, or the row behind the last (zeros) where the client lost the feature. None where all
-            clients kept all.
-    """
-
-    clients: Sequence[int]
-    rank: int
-    weights: torch.Tensor
-    rows: torch.Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Coverage:
-    """Who keeps which features of the pruned side, for all Linears that lose the same groups.
-
-    Attributes:
-        chunks: the clients, in chunks that fit the buffer.
-        reciprocal: shape (features, 1), 1 / summed weight of the clients that kept a feature, 0 where none did.
-        held: indices that nobody kept; None where there are none.
-    """
-
-    chunks: Sequence[_Chunk]
-    reciprocal: torch.Tensor
-    held: torch.Tensor | None
-
-
 def merge(
     previous: Adapter,
     contributions: Sequence[Contribution],
@@ -135,7 +101,8 @@ def merge(
     if not contributions:
         return previous
     _check(previous, contributions, shape)
-    return rule(previous, contributions, shape, rank_max, alpha_over_rank, settings)
+    with _exact_products():
+        return rule(previous, contributions, shape, rank_max, alpha_over_rank, settings)
 
 
 def client_weights(contributions: Sequence[Contribution], importance_weight: float) -> NDArray[np.float64]:
@@ -171,7 +138,7 @@ def lowrank(
     weights = client_weights(contributions, settings.importance_weight)
     factors: dict[str, Factors] = {}
     for linear, coverage in _covered(previous, contributions, weights, shape):
-        transposed = linear.role in _COLUMN_PRUNED
+        transposed = linear.role in COLUMN_PRUNED
         pruned, whole = _mean_update(linear.name, transposed, previous, contributions, coverage, rank_max)
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
         a, b, old_a = a.contiguous(), b.contiguous(), previous.factors[linear.name][0]
@@ -206,12 +173,12 @@ def average_factors(
     weights = client_weights(contributions, settings.importance_weight)
     factors: dict[str, Factors] = {}
     for linear, coverage in _covered(previous, contributions, weights, shape):
-        transposed = linear.role in _COLUMN_PRUNED
-        old_pruned, old_whole = _sides(previous.factors[linear.name], transposed)
+        transposed = linear.role in COLUMN_PRUNED
+        old_pruned, old_whole = sides(previous.factors[linear.name], transposed)
         (rank,), (features, other) = ranks, (old_pruned.shape[0], old_whole.shape[1])
         pruned, whole = old_pruned.new_zeros((features, rank)), old_whole.new_zeros((rank, other))
         for chunk in coverage.chunks:
-            left, right = _concatenate(chunk, contributions, linear.name, transposed, pruned.device)
+            left, right = concatenate(chunk, _factors(chunk, contributions, linear.name), transposed, pruned.device)
             pruned += (left.view(features, -1, rank) * chunk.weights.unsqueeze(1)).sum(dim=1)
             whole += right.view(-1, rank, other).sum(dim=0)
         pruned *= coverage.reciprocal
@@ -231,6 +198,20 @@ RULES: dict[str, Rule] = {"lowrank": lowrank, "average_factors": average_factors
 """Aggregation rules by the name in ``aggregate.rule``. Register a rule of your own by adding an entry."""
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 in float32, whatever training allows itself meanwhile (TF32 keeps ten bits)."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
 def find_rule(name: str) -> Rule:
     """The rule called `name`.
 
@@ -242,25 +223,22 @@ def find_rule(name: str) -> Rule:
     return RULES[name]
 
 
-def _sides(factors: Factors, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(pruned (features, rank), whole (rank, other))`` of one Linear's ``(A, B)``."""
-    a, b = factors
-    return (a.T, b.T) if transposed else (b, a)
-
-
 def _mean_update(
     name: str,
     transposed: bool,
     previous: Adapter,
     contributions: Sequence[Contribution],
-    coverage: _Coverage,
+    coverage: Coverage,
     rank_max: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Truncated factors ``(pruned, whole)`` of the masked mean of one Linear's ``B A`` (transposed if asked)."""
-    old_pruned, old_whole = _sides(previous.factors[name], transposed)
+    old_pruned, old_whole = sides(previous.factors[name], transposed)
     features, other, held = old_pruned.shape[0], old_whole.shape[1], coverage.held
     rank_sum = sum(chunk.rank * len(chunk.clients) for chunk in coverage.chunks)
-    parts = (_concatenate(chunk, contributions, name, transposed, old_pruned.device) for chunk in coverage.chunks)
+    parts = (
+        concatenate(chunk, _factors(chunk, contributions, name), transposed, old_pruned.device)
+        for chunk in coverage.chunks
+    )
 
     if factored_is_cheaper(features, other, rank_sum + (old_whole.shape[0] if held is not None else 0)):
         left, right = zip(*parts, strict=True)
@@ -280,92 +258,28 @@ def _mean_update(
     return truncated_svd_dense(mean, rank_max)
 
 
-def _concatenate(
-    chunk: _Chunk, contributions: Sequence[Contribution], name: str, transposed: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(pruned (features, R), whole (R, other))`` whose product is the weighted sum of the clients' updates.
-
-    The weights are in `whole`.
-    """
-    pairs = [contributions[client].adapter.factors[name] for client in chunk.clients]
-    lefts = [a.T for a, _ in pairs] if transposed else [b for _, b in pairs]
-    whole = torch.cat([b for _, b in pairs], dim=1).T if transposed else torch.cat([a for a, _ in pairs])
-    if chunk.rows is None:
-        pruned = torch.cat(lefts, dim=1).to(device)
-    else:
-        filled = torch.cat([*lefts, lefts[0].new_zeros((1, chunk.rank))]).to(device)
-        pruned = filled.index_select(0, chunk.rows).view(-1, whole.shape[0])
-    return pruned, whole.to(device) * chunk.weights.repeat_interleave(chunk.rank).unsqueeze(1)
+def _factors(chunk: Chunk, contributions: Sequence[Contribution], name: str) -> list[Factors]:
+    return [contributions[client].adapter.factors[name] for client in chunk.clients]
 
 
 def _covered(
     previous: Adapter, contributions: Sequence[Contribution], weights: NDArray[np.float64], shape: ModelShape
-) -> Iterator[tuple[PrunableLinear, _Coverage]]:
+) -> Iterator[tuple[PrunableLinear, Coverage]]:
     """The adapter's Linears in block order, each with its coverage (computed once for those that share it)."""
-    shared: dict[tuple[bool, int], _Coverage] = {}
+    structures = [contribution.structure for contribution in contributions]
+    ranks = np.array([contribution.adapter.rank for contribution in contributions])
+    shared: dict[tuple[bool, int], Coverage] = {}
     layer = -1
     for linear in prunable_linears(shape):
         if linear.name not in previous.factors:
             continue
         if linear.layer != layer:
             shared, layer = {}, linear.layer
-        key = (linear.role in _HEADS, group_width(linear, shape))
+        key = groups_lost(linear, shape)
         if key not in shared:
-            shared[key] = _coverage(linear, contributions, weights, shape, previous.factors[linear.name][0].device)
+            device = previous.factors[linear.name][0].device
+            shared[key] = coverage_of(linear, structures, ranks, weights, shape, device)
         yield linear, shared[key]
-
-
-def _coverage(
-    linear: PrunableLinear,
-    contributions: Sequence[Contribution],
-    weights: NDArray[np.float64],
-    shape: ModelShape,
-    device: torch.device,
-) -> _Coverage:
-    is_head, width = linear.role in _HEADS, group_width(linear, shape)
-    masks = [c.structure.head_mask if is_head else c.structure.channel_mask for c in contributions]
-    kept = np.repeat(np.stack([mask[linear.layer] for mask in masks]), width, axis=1)
-    total = np.where(kept, weights[:, None], 0.0).sum(axis=0)
-    held = np.flatnonzero(total == 0.0)
-    reciprocal = np.divide(1.0, total, out=np.zeros_like(total), where=total > 0.0)
-    return _Coverage(
-        chunks=list(_chunks(kept, np.array([c.adapter.rank for c in contributions]), weights, shape.hidden, device)),
-        reciprocal=torch.from_numpy(reciprocal.astype(np.float32)).to(device).unsqueeze(1),
-        held=torch.from_numpy(held).to(device) if len(held) else None,
-    )
-
-
-def _chunks(
-    kept: NDArray[np.bool_], ranks: NDArray[np.int64], weights: NDArray[np.float64], other: int, device: torch.device
-) -> Iterator[_Chunk]:
-    """Clients of equal rank in chunks whose factors fill at most the size of the full matrix (a client at least).
-
-    Args:
-        kept: shape (P, features).
-        other: width of the whole side (every prunable Linear has the hidden width on that side).
-    """
-    features = kept.shape[1]
-    limit = max(features * other, _BUFFER_ELEMENTS)
-    for rank in np.unique(ranks).tolist():
-        members = np.flatnonzero(ranks == rank)
-        step = max(1, limit // (rank * (features + other)))
-        for start in range(0, len(members), step):
-            clients = members[start : start + step]
-            yield _Chunk(
-                clients.tolist(),
-                rank,
-                torch.from_numpy(weights[clients].astype(np.float32)).to(device),
-                _rows(kept[clients], device),
-            )
-
-
-def _rows(kept: NDArray[np.bool_], device: torch.device) -> torch.Tensor | None:
-    """`_Chunk.rows` of the clients whose kept features are the rows of `kept`."""
-    if kept.all():
-        return None
-    ends = np.cumsum(kept, dtype=np.int32).reshape(kept.shape)
-    rows = np.where(kept, ends - 1, ends[-1, -1]).T
-    return torch.from_numpy(np.ascontiguousarray(rows).ravel()).to(device)
 
 
 def _mean_head(
@@ -373,10 +287,12 @@ def _mean_head(
 ) -> Mapping[str, torch.Tensor]:
     """Weighted mean of every head parameter: never pruned, so one weight for all entries."""
     mean: dict[str, torch.Tensor] = {}
+    shares = torch.from_numpy(weights.astype(np.float32))
     for name, old in previous.head.items():
-        total = torch.zeros_like(old)
-        for contribution, weight in zip(contributions, weights.tolist(), strict=True):
-            total.add_(contribution.adapter.head[name].to(old.device), alpha=weight)
+        total, step = torch.zeros_like(old), max(1, _HEAD_ELEMENTS // old.numel())
+        for start in range(0, len(contributions), step):
+            stacked = torch.stack([c.adapter.head[name] for c in contributions[start : start + step]]).to(old.device)
+            total += torch.tensordot(shares[start : start + step].to(old.device), stacked, dims=1)
         mean[name] = total
     return mean
 

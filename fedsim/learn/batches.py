@@ -150,9 +150,7 @@ def batch_stream(
     return (make_batch(encoded, batch, device) for batch in chosen)
 
 
-def sample_stream(
-    indices: ArrayLike, batch_size: int, seed: int, client: int, round_index: int
-) -> Iterator[IntArray]:
+def sample_stream(indices: ArrayLike, batch_size: int, seed: int, client: int, round_index: int) -> Iterator[IntArray]:
     """The sample numbers behind the batches of `batch_stream`."""
     samples = _some(indices, client)
     order = generator(seed, Stream.BATCH_ORDER, client, round_index)

@@ -10,7 +10,6 @@ fleet's averaged importance), nested over ratios, and over rounds where groups c
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,19 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedsim.data.records import Corpus
-from fedsim.errors import ConfigError
 from fedsim.learn.adapter import Adapter
-from fedsim.learn.aggregate import Contribution, find_rule, merge
-from fedsim.learn.backbone import Backbone, load_backbone
-from fedsim.learn.batches import Batch, encode, eval_batches
-from fedsim.learn.evaluate import measure_structures
-from fedsim.learn.importance import Criterion, GroupScores, find_criterion
-from fedsim.learn.lora import LoraModel, initial_adapter
+from fedsim.learn.aggregate import Contribution, merge
+from fedsim.learn.backbone import Backbone
+from fedsim.learn.engine import Engine
+from fedsim.learn.importance import Criterion, GroupScores
 from fedsim.learn.peft_folder import write_peft_folder
 from fedsim.learn.selection import grow, select
 from fedsim.learn.store import ClientStore
-from fedsim.learn.train import ClientData, Job, ReferenceTrainer, Trainer, TrainRule, Update
+from fedsim.learn.train import Job, Update
 from fedsim.settings import Config
 from fedsim.specs import (
     Evaluation,
@@ -59,10 +54,8 @@ class LearnerParts:
 
     config: Config
     backbone: Backbone
-    model: LoraModel
-    trainer: Trainer
+    engine: Engine
     criterion: Criterion
-    test_batches: Sequence[Batch]
 
 
 class LoraLearner:
@@ -85,9 +78,15 @@ class LoraLearner:
         return self._parts.backbone.weights_sha256
 
     @property
-    def device_name(self) -> str:
-        """The torch device that trains."""
-        return str(self._parts.backbone.device)
+    def facts(self) -> dict[str, object]:
+        """What the manifest says of the training side: engine, precision, clients at a time, device."""
+        engine = self._parts.engine
+        return {
+            "engine": engine.name,
+            "precision": engine.precision,
+            "chunk_clients": engine.chunk,
+            "torch_device": str(self._parts.backbone.device),
+        }
 
     # -- submit and result ------------------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ class LoraLearner:
         if any(ticket not in self._trained for ticket in wanted):
             waiting, jobs = list(self._pending), list(self._pending.values())
             self._pending.clear()
-            updates = self._parts.trainer.train(jobs)
+            updates = self._parts.engine.trainer.train(jobs)
             self._trained.update(zip(waiting, zip(jobs, updates, strict=True), strict=True))
         return self._as_results([self._trained.pop(ticket) for ticket in wanted])
 
@@ -203,9 +202,7 @@ class LoraLearner:
     def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation:
         """Panel mean of accuracy and loss, and the consensus model's accuracy."""
         structures = [self._store.structure(int(client)) for client in panel]
-        results = measure_structures(
-            self._parts.model, self._adapter, [*structures, self._consensus(consensus_ratio)], self._parts.test_batches
-        )
+        results = self._parts.engine.tester.measure(self._adapter, [*structures, self._consensus(consensus_ratio)])
         panel_results = np.array(results[:-1])
         accuracy, loss = panel_results.mean(axis=0)
         return Evaluation(float(accuracy), float(loss), results[-1][0])
@@ -331,63 +328,3 @@ def _static_scores(parts: LearnerParts) -> Callable[[int], GroupScores] | None:
 
 def _tensor(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.array(array)).to(device)
-
-
-def torch_device(name: str) -> torch.device:
-    """The device named in ``train.torch_device``; ``auto`` takes CUDA where there is one.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"train.torch_device: value '{name}' is not allowed (auto, cpu, cuda or cuda:N)") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"train.torch_device: value '{name}' is not allowed (auto, cpu, cuda or cuda:N)")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"train.torch_device: value '{name}' is not allowed here (CUDA devices found: {torch.cuda.device_count()})"
-        )
-    return device
-
-
-def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[IntArray, ...]) -> LoraLearner:
-    """Load the backbone, encode the text, and stand a trainer behind the joint.
-
-    Args:
-        prunes: whether the method prunes; where not, importance is never estimated.
-        parts: each client's sample numbers in ``corpus.train``.
-    """
-    criterion = find_criterion(config.prune.criterion)
-    find_rule(config.aggregate.rule)
-    torch.set_num_threads(config.train.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    device = torch_device(config.train.torch_device)
-    if device.type == "cuda":
-        # Without it cuBLAS may choose between workspaces, and repeats would differ; read when CUDA starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device)
-    if config.train.max_length > backbone.max_tokens:
-        raise ConfigError(
-            f"train.max_length: value {config.train.max_length} is not allowed (model '{config.model.name}' takes at "
-            f"most {backbone.max_tokens} tokens)"
-        )
-    model = LoraModel(backbone, config.model.lora_targets, config.model.lora_alpha_over_rank)
-    uniform_rank = config.control.policy == "uniform" and config.aggregate.rule == "average_factors"
-    rank = config.model.lora_rank if uniform_rank else config.model.lora_rank_max
-    adapter = initial_adapter(backbone, config.model.lora_targets, rank, config.seed)
-    rule = TrainRule(
-        seed=config.seed,
-        batch_size=config.train.batch_size,
-        criterion=criterion if prunes else None,
-        importance_every=config.prune.importance_every,
-        selection=config.prune.selection,
-    )
-    text = encode(corpus.train, backbone.tokenizer, config.train.max_length)
-    test = encode(corpus.test, backbone.tokenizer, config.train.max_length)
-    batches, _ = eval_batches(test, EVALUATION_BATCH, device)
-    trainer = ReferenceTrainer(model, ClientData(text, parts), rule)
-    return LoraLearner(LearnerParts(config, backbone, model, trainer, criterion, batches), adapter)

@@ -257,9 +257,7 @@ def restrict(
     return Adapter(factors, dict(adapter.head))
 
 
-def extra_rows(
-    rows: int, shape: ModelShape, linear: PrunableLinear, key: tuple[int, int, int] | None
-) -> torch.Tensor:
+def extra_rows(rows: int, shape: ModelShape, linear: PrunableLinear, key: tuple[int, int, int] | None) -> torch.Tensor:
     """Rows of A for a rank above the global adapter's, ``(rows, d_in)``: from the client's own stream in that round.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 
 from fedsim.data.records import Corpus, LabelledText
 from fedsim.experiment.config import build_config
-from fedsim.learn.learner import build_learner, torch_device
+from fedsim.learn.build import build_learner, torch_device
 from fedsim.specs import LocalRequest, LocalRequests, LocalResults, Outcome
 from fedsim.structure import Structure
 
@@ -116,15 +116,16 @@ def test_a_job_is_frozen_at_dispatch(learner):
     play(learner, [request(1), request(2)])
     (late,) = singles(learner.result(frozen))
     assert late.loss_before == alone.loss_before
-    assert late.loss_after == alone.loss_after
+    # Not trained in the same company: equal to rounding.
+    assert late.loss_after == pytest.approx(alone.loss_after, rel=1e-5)
     fresh = result_of(learner, request(0))
     assert fresh.loss_before != alone.loss_before
 
 
 def test_a_discarded_job_is_never_trained(learner, monkeypatch):
     trained = []
-    real = learner._parts.trainer.train
-    monkeypatch.setattr(learner._parts.trainer, "train", lambda jobs: trained.extend(jobs) or real(jobs))
+    real = learner._parts.engine.trainer.train
+    monkeypatch.setattr(learner._parts.engine.trainer, "train", lambda jobs: trained.extend(jobs) or real(jobs))
     tickets = submit(learner, *(request(client) for client in range(3)))
     learner.discard(tickets[1:2])
     learner.result(tickets[:1])
@@ -135,12 +136,12 @@ def test_a_discarded_job_is_never_trained(learner, monkeypatch):
 
 
 def test_results_do_not_depend_on_the_company(learner):
-    """A job trained alone and in a cohort gives the same update, whatever the order."""
+    """A job trained alone and in a cohort gives the same update to rounding, whatever the order."""
     together = singles(learner.result(submit(learner, *(request(c, rank=2 + 2 * (c % 2)) for c in (2, 0, 1)))))
     assert [result.client for result in together] == [2, 0, 1]
     for result in together:
         alone = result_of(learner, request(result.client, rank=2 + 2 * (result.client % 2)))
-        assert (alone.loss_before, alone.loss_after) == (result.loss_before, result.loss_after)
+        assert (alone.loss_before, alone.loss_after) == pytest.approx((result.loss_before, result.loss_after), rel=1e-5)
 
 
 def test_pruning_reaches_the_target_and_only_shrinks(learner):
@@ -268,14 +269,15 @@ def test_the_exported_adapter_loads_in_plain_peft_with_identical_hidden_states(t
     from transformers import AutoModel
 
     for architecture, folder in tiny_folders.items():
-        learner = make_learner(folder)
+        learner = make_learner(folder, {"train.engine": "reference"})
         play(learner, [request(0), request(1)])
         target = tmp_path / architecture
         learner.export(target)
         plain = PeftModel.from_pretrained(AutoModel.from_pretrained(folder, dtype=torch.float32), target).eval()
         parts = learner._parts
-        parts.model.load(Structure.full(parts.backbone.shape), learner._adapter)
-        inputs = {key: value for key, value in parts.test_batches[0].inputs.items() if key != "token_type_ids"}
+        tester = parts.engine.tester
+        tester._model.load(Structure.full(parts.backbone.shape), learner._adapter)
+        inputs = {key: value for key, value in tester._batches[0].inputs.items() if key != "token_type_ids"}
         with torch.no_grad():
             ours = parts.backbone.encoder(**inputs).last_hidden_state
             theirs = plain(**inputs).last_hidden_state

@@ -161,7 +161,7 @@ class _Layer:
             residual = x if same else self._readout.forth(residual.flatten(0, 1)).view(shape)
             q = self.linears(x, Role.QUERY)[0]
             q_rotary = None if rotary is None else tuple(table[self._readout.take] for table in rotary)
-        attended = self._attend(*(tensor.flatten(0, 1) for tensor in (q, k, v)), q_rotary)
+        attended = self._attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q_rotary)
         return self.masked(attended.view(*x.shape[:2], -1), Role.ATTENTION_OUT), residual
 
     def _attend(

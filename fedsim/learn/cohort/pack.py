@@ -124,9 +124,10 @@ def pack(
     to_buckets, buckets = _bucketed(start[order], lengths[order], rule.length_step, rows)
     readout = read_to_buckets = averages = None
     if rule.pooling == "mean":
-        averages = np.zeros((clients * slots, tokens))
-        averages[np.repeat(flat_slot, lengths), places % tokens] = np.repeat(1.0 / lengths, lengths)
-        averages = averages.reshape(clients, slots, tokens)
+        averages = np.zeros((clients, slots, tokens))
+        averages.reshape(clients * slots, tokens)[np.repeat(flat_slot, lengths), places % tokens] = np.repeat(
+            1.0 / lengths, lengths
+        )
     else:
         token = start + (lengths - 1 if rule.pooling == "last" else 0)
         readout = np.full(clients * slots, -1)

@@ -48,7 +48,8 @@ class CohortScores:
     def smoothed(self, new: CohortScores, steps: int) -> CohortScores:
         """As `fedsim.learn.importance.smooth`, for every client by itself."""
         keep = DECAY**steps
-        usable = ~(np.isinf(new.heads).any(axis=(1, 2)) | np.isinf(new.channels).any(axis=(1, 2)))[:, None, None]
+        infinite = np.isinf(new.heads).any(axis=(1, 2)) | np.isinf(new.channels).any(axis=(1, 2))
+        usable = np.logical_not(infinite).reshape(-1, 1, 1)
 
         def blend(old: FloatArray, estimate: FloatArray) -> FloatArray:
             known = usable & ~np.isnan(estimate)

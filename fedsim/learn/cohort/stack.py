@@ -148,9 +148,7 @@ class CohortStack:
                 rank, own_a, own_b = int(self.ranks[client]), a[client], b[client]
                 kept: slice | torch.Tensor = slice(int(counts[client]))
                 if is_hidden:
-                    places = np.flatnonzero(
-                        np.repeat(masks[client], group_width(linear, self.base.backbone.shape))
-                    )
+                    places = np.flatnonzero(np.repeat(masks[client], group_width(linear, self.base.backbone.shape)))
                     kept = torch.from_numpy(places).to(device)
                 if is_columns:
                     own[linear.name] = own_a[:rank, kept].clone(), own_b[:rank].T.contiguous().clone()

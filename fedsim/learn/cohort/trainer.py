@@ -147,9 +147,7 @@ class CohortTrainer:
         return [self._pack(samples) for samples in zip(*streams, strict=True)]
 
     def _pack(self, samples: Sequence[IntArray]) -> PackedBatch:
-        return pack(
-            self._data.text, samples, self._model.pack_rule, self._base.backbone.device, self._base.dtype
-        )
+        return pack(self._data.text, samples, self._model.pack_rule, self._base.backbone.device, self._base.dtype)
 
     @torch.no_grad()
     def _probe(self, stack: CohortStack, probe: PackedBatch) -> torch.Tensor:

@@ -1,0 +1,79 @@
+"""From a configuration to a learner: device, precision, backbone, encoded text, engine."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from fedsim.data.records import Corpus
+from fedsim.errors import ConfigError
+from fedsim.learn.aggregate import find_rule
+from fedsim.learn.backbone import load_backbone
+from fedsim.learn.batches import encode
+from fedsim.learn.engine import chosen_precision, make_engine
+from fedsim.learn.importance import find_criterion
+from fedsim.learn.learner import LearnerParts, LoraLearner
+from fedsim.learn.lora import initial_adapter
+from fedsim.learn.train import ClientData, TrainRule
+from fedsim.settings import Config
+from fedsim.specs import IntArray
+
+
+def torch_device(name: str) -> torch.device:
+    """The device named in ``train.torch_device``; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"train.torch_device: value '{name}' is not allowed (auto, cpu, cuda or cuda:N)") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"train.torch_device: value '{name}' is not allowed (auto, cpu, cuda or cuda:N)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"train.torch_device: value '{name}' is not allowed here (CUDA devices found: {torch.cuda.device_count()})"
+        )
+    return device
+
+
+def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[IntArray, ...]) -> LoraLearner:
+    """Load the backbone, encode the text, and stand a trainer behind the joint.
+
+    Args:
+        prunes: whether the method prunes; where not, importance is never estimated.
+        parts: each client's sample numbers in ``corpus.train``.
+    """
+    criterion = find_criterion(config.prune.criterion)
+    find_rule(config.aggregate.rule)
+    torch.set_num_threads(config.train.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    device = torch_device(config.train.torch_device)
+    if device.type == "cuda":
+        # Without it cuBLAS may choose between workspaces, and repeats would differ; read when CUDA starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    precision = chosen_precision(config.train.precision, config.train.engine, device)
+    backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device)
+    if config.train.max_length > backbone.max_tokens:
+        raise ConfigError(
+            f"train.max_length: value {config.train.max_length} is not allowed (model '{config.model.name}' takes at "
+            f"most {backbone.max_tokens} tokens)"
+        )
+    uniform_rank = config.control.policy == "uniform" and config.aggregate.rule == "average_factors"
+    rank = config.model.lora_rank if uniform_rank else config.model.lora_rank_max
+    adapter = initial_adapter(backbone, config.model.lora_targets, rank, config.seed)
+    rule = TrainRule(
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        criterion=criterion if prunes else None,
+        importance_every=config.prune.importance_every,
+        selection=config.prune.selection,
+    )
+    text = encode(corpus.train, backbone.tokenizer, config.train.max_length)
+    test = encode(corpus.test, backbone.tokenizer, config.train.max_length)
+    engine = make_engine(config, backbone, adapter, ClientData(text, parts), test, rule, precision)
+    return LoraLearner(LearnerParts(config, backbone, engine, criterion), adapter)

@@ -1,0 +1,122 @@
+"""The engine that trains and tests: which one, in which precision, and how many clients at a time.
+
+``reference`` is the oracle: one PEFT model, client after client. ``masked`` and ``sliced`` train cohorts
+(`fedsim.learn.cohort`) and agree with it to rounding. ``auto`` takes ``sliced``: wherever it was measured it was at
+least as fast as ``masked`` (equal where nothing is pruned, as both then share the weights). How many clients run
+together follows `chunk_clients`; ``fedsim bench`` repeats the measurements behind it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fedsim.errors import ConfigError
+from fedsim.learn.adapter import Adapter
+from fedsim.learn.backbone import Backbone
+from fedsim.learn.batches import EncodedText, eval_batches
+from fedsim.learn.cohort.forward import CohortModel
+from fedsim.learn.cohort.memory import client_bytes, default_budget_bytes
+from fedsim.learn.cohort.plan import ChunkPlan
+from fedsim.learn.cohort.stack import Base
+from fedsim.learn.cohort.tester import CohortTester
+from fedsim.learn.cohort.trainer import CohortTrainer
+from fedsim.learn.evaluate import ReferenceTester, Tester
+from fedsim.learn.linears import target_linears
+from fedsim.learn.lora import LoraModel
+from fedsim.learn.train import ClientData, ReferenceTrainer, Trainer, TrainRule
+from fedsim.settings import Config
+from fedsim.structure import ModelShape
+
+EVALUATION_BATCH = 64
+
+_ALONE_ELEMENTS = 1 << 18
+"""From this width of a client's step on (tokens x FFN channels) a processor is busy with one client: chunks of one."""
+_TOGETHER_ELEMENTS = 1 << 21
+"""Below it clients share their overhead, until the activations of a chunk no longer stay in the cache."""
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """What trains and tests in a run.
+
+    Attributes:
+        name: ``reference``, ``masked`` or ``sliced``: the path that was chosen.
+        precision: ``fp32``, or ``bf16`` where the products with frozen weights run in it.
+        chunk: clients trained together at most, when the run begins; 1 for ``reference``.
+    """
+
+    name: str
+    precision: str
+    chunk: int
+    trainer: Trainer
+    tester: Tester
+
+
+def chosen_precision(asked: str, engine: str, device: torch.device) -> str:
+    """``train.precision``, with ``auto`` resolved: bf16 where the device multiplies it natively, else fp32.
+
+    Raises:
+        ConfigError: bf16 with the reference engine, which is the oracle and stays in fp32.
+    """
+    if engine == "reference":
+        if asked == "bf16":
+            raise ConfigError("train.precision: value 'bf16' is not allowed with train.engine reference (fp32 or auto)")
+        return "fp32"
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = torch.cpu.get_capabilities()
+    return "bf16" if able.get("amx_bf16") or able.get("avx512_bf16") else "fp32"
+
+
+def chunk_clients(shape: ModelShape, tokens: int, device: torch.device) -> int | None:
+    """Clients of a chunk that run fastest, on a processor; None on a card, where the memory alone limits.
+
+    Args:
+        tokens: of one client's batch, at most.
+    """
+    if device.type == "cuda":
+        return None
+    elements = tokens * shape.ffn
+    return 1 if elements >= _ALONE_ELEMENTS else max(1, _TOGETHER_ELEMENTS // elements)
+
+
+def make_engine(
+    config: Config,
+    backbone: Backbone,
+    adapter: Adapter,
+    data: ClientData,
+    test: EncodedText,
+    rule: TrainRule,
+    precision: str,
+) -> Engine:
+    """Stand up the engine that ``train.engine`` names."""
+    train, settings = config.train, config.model
+    if train.engine == "reference":
+        model = LoraModel(backbone, settings.lora_targets, settings.lora_alpha_over_rank)
+        batches, _ = eval_batches(test, EVALUATION_BATCH, backbone.device)
+        return Engine("reference", "fp32", 1, ReferenceTrainer(model, data, rule), ReferenceTester(model, batches))
+    name = "sliced" if train.engine == "auto" else train.engine
+    products = torch.bfloat16 if precision == "bf16" else None
+    frozen = {
+        linear: (weight.detach().to(products or weight.dtype), None if bias is None else bias.detach())
+        for linear, (weight, bias) in backbone.full_weights.items()
+    }
+    dtype = next(iter(adapter.head.values())).dtype
+
+    def base(sliced: bool) -> Base:
+        targets = target_linears(backbone.shape, settings.lora_targets)
+        return Base(backbone, targets, settings.lora_alpha_over_rank, frozen, dtype, sliced)
+
+    cohort = CohortModel(backbone, settings.pooling)
+    training = base(name == "sliced")
+    budget = train.memory_budget_bytes or default_budget_bytes(backbone.device)
+    one = client_bytes(cohort, training, adapter, train.batch_size, train.max_length, rule.criterion is not None)
+    fastest = chunk_clients(backbone.shape, train.batch_size * train.max_length, backbone.device)
+    fitting = max(1, budget // one)
+    chunk = min(fitting, max(1, len(data.parts)), fastest or fitting)
+    trainer = CohortTrainer(cohort, training, data, rule, ChunkPlan(chunk))
+    return Engine(name, precision, chunk, trainer, CohortTester(cohort, base(True), test))
