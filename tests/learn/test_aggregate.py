@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.errors import ConfigError
-from fedsim.learn import aggregate
+from fedsim.learn import aggregate, coverage
 from fedsim.learn.adapter import Adapter
 from fedsim.learn.aggregate import RULES, Contribution, client_weights, merge
 from fedsim.learn.linears import Role, kept_columns, kept_rows, prunable_linears
@@ -125,7 +125,7 @@ def test_bits_repeat_and_buffers_do_not_matter(factored, monkeypatch):
     monkeypatch.setattr(aggregate, "factored_is_cheaper", lambda d_out, d_in, rank_sum: factored)
     clients = [_contribution(seed, rank=1 + seed % 4, ratio=0.1 * seed) for seed in range(8)]
     first, again = (merge(_previous(), clients, SHAPE, 8, C, LOWRANK) for _ in range(2))
-    monkeypatch.setattr(aggregate, "_BUFFER_ELEMENTS", 1)
+    monkeypatch.setattr(coverage, "_BUFFER_ELEMENTS", 1)
     one_by_one = merge(_previous(), clients, SHAPE, 8, C, LOWRANK)
     for name in EVERY:
         assert torch.equal(first.factors[name][0], again.factors[name][0])
@@ -134,15 +134,18 @@ def test_bits_repeat_and_buffers_do_not_matter(factored, monkeypatch):
 
 
 def test_chunks_stay_within_their_limit_and_lose_no_client(monkeypatch):
-    monkeypatch.setattr(aggregate, "_BUFFER_ELEMENTS", 1)
+    monkeypatch.setattr(coverage, "_BUFFER_ELEMENTS", 1)
     clients = [_contribution(seed, rank=1 + seed % 4, ratio=0.5) for seed in range(60)]
     linear = prunable_linears(SHAPE)[0]
-    coverage = aggregate._coverage(linear, clients, client_weights(clients, 0.0), SHAPE, torch.device("cpu"))
-    assert sorted(client for chunk in coverage.chunks for client in chunk.clients) == list(range(60))
-    assert 4 < len(coverage.chunks) < 30
-    for chunk in coverage.chunks:
+    device, ranks = torch.device("cpu"), np.array([client.adapter.rank for client in clients])
+    structures = [client.structure for client in clients]
+    chunks = coverage.coverage_of(linear, structures, ranks, client_weights(clients, 0.0), SHAPE, device).chunks
+    assert sorted(client for chunk in chunks for client in chunk.clients) == list(range(60))
+    assert 4 < len(chunks) < 30
+    for chunk in chunks:
         assert {clients[client].adapter.rank for client in chunk.clients} == {chunk.rank}
-        pruned, whole = aggregate._concatenate(chunk, clients, linear.name, False, torch.device("cpu"))
+        pairs = [clients[client].adapter.factors[linear.name] for client in chunk.clients]
+        pruned, whole = coverage.concatenate(chunk, pairs, False, device)
         assert pruned.numel() + whole.numel() <= linear.d_out * linear.d_in
 
 
@@ -269,6 +272,25 @@ def test_unknown_rule_is_refused_with_the_nearest_and_a_rule_can_be_added(monkey
     monkeypatch.setitem(RULES, "lowrnk", lambda previous, contributions, *rest: contributions[0].adapter)
     client = _contribution(1)
     assert merge(_previous(), [client], SHAPE, 8, C, asked) is client.adapter
+
+
+@pytest.mark.parametrize("allowed", ["highest", "high"])
+def test_reduced_precision_of_training_does_not_reach_the_merge(allowed, monkeypatch):
+    seen = []
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    monkeypatch.setitem(
+        RULES, "look", lambda previous, *rest: seen.extend(b.fp32_precision for b in backends) or previous
+    )
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(allowed)
+    try:
+        before = [backend.fp32_precision for backend in backends]
+        merge(_previous(), [_contribution(1)], SHAPE, 8, C, AggregateSettings(rule="look"))
+        assert seen == ["ieee", "ieee"]
+        assert [backend.fp32_precision for backend in backends] == before
+        assert torch.get_float32_matmul_precision() == allowed
+    finally:
+        torch.set_float32_matmul_precision(usual)
 
 
 def test_strangers_are_refused():
