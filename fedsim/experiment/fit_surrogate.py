@@ -43,6 +43,14 @@ _LEAST_SPREADS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 _LEAST_LOSS = 1e-3
 """Smaller losses count as this: their logarithm would outweigh all others."""
 _LEAST_PROBABILITY = 1e-3
+_TEST_TOLERANCE = 0.15
+"""What an evaluation is good for on the logit scale: the standard error of 90% of 400 sentences."""
+_ROUND_NOISE = 0.5
+"""Log losses of one round's clients, taken as one observation, over their spread."""
+_TAIL_SD, _DAMAGE_SD = 0.5, 1.5
+"""How large tail and damage are expected to be, at most: see `_solve_rising`."""
+_RISING = [-np.inf, 0.0, 0.0, 0.0]
+"""Lower bounds of level, progress, tail and damage."""
 _LEAST_IMPORTANCE = 1e-6
 _LEAST_VARIANCE = 1e-12
 
@@ -71,7 +79,7 @@ def fit(run: Run) -> SurrogateModel:
     for slope in slopes:
         contribution = Contribution(rank_reference=reference, rank_slope=slope)
         progress = _progress(rows, contribution)
-        curve, cost = _fit_curve(progress[rows.round_index], rows.ratio_start, log_before)
+        curve, cost = _fit_curve(rows, progress, log_before)
         local, local_cost = _fit_local(rows, contribution, curve, progress, log_before, log_after)
         if best is None or cost + local_cost < best[0]:
             best = (cost + local_cost, contribution, progress, curve, local)
@@ -148,6 +156,19 @@ def _cost(residual: FloatArray, width: FloatArray) -> float:
     return len(residual) * float(np.log(mean_square)) + 2.0 * float(np.log(width).sum())
 
 
+def _solve_rising(columns: FloatArray, values: FloatArray, noise: float) -> FloatArray:
+    """`_solve` for level, progress, tail and damage, the last two pulled to zero as by a normal prior.
+
+    Both grow with time, so a short run tells them apart badly: without the pull they come out huge, each making up for
+    the other, and fail as soon as another controller prunes differently.
+
+    Args:
+        noise: standard deviation of `values`, against which the pull is weighed.
+    """
+    pull = np.diag([0.0, 0.0, noise / _TAIL_SD, noise / _DAMAGE_SD])[2:]
+    return _solve(np.vstack([columns, pull]), np.append(values, [0.0, 0.0]), _RISING)
+
+
 def _solve(columns: FloatArray, values: FloatArray, low: list[float]) -> FloatArray:
     """Least squares with lower bounds; a column of zeros gets zero."""
     live = np.any(columns != 0, axis=0)
@@ -159,24 +180,33 @@ def _solve(columns: FloatArray, values: FloatArray, low: list[float]) -> FloatAr
 
 def _columns(learned: FloatArray, progress: FloatArray, ratio_term: FloatArray) -> FloatArray:
     """What level, progress, tail and damage multiply in a rising quantity, shape (N, 4)."""
-    return np.stack([np.ones_like(learned), learned, learned * np.log1p(progress), learned * ratio_term], axis=-1)
+    return np.stack([np.ones_like(learned), learned, learned * np.log1p(progress), ratio_term], axis=-1)
 
 
-def _fit_curve(progress: FloatArray, ratio: FloatArray, log_loss: FloatArray) -> tuple[Curve, float]:
-    end = float(progress.max())
-    best: tuple[float, Curve] | None = None
-    for half, power in itertools.product(end * np.arange(1, _HALVES + 1) / _HALVES, _POWERS):
+def _fit_curve(rows: SourceRows, progress: FloatArray, log_loss: FloatArray) -> tuple[Curve, float]:
+    """The curve of the best compromise between clients' losses and tests, and the cost of the former.
+
+    Clients of one round share that round's luck, so all of them together weigh as much as one evaluation.
+    """
+    here, reached, ratio = progress[rows.round_index], progress[rows.evaluated + 1], rows.ratio_start
+    share = len(rows.round_dose) / len(log_loss)
+    best: tuple[float, float, Curve] | None = None
+    for half, power in itertools.product(progress[-1] * np.arange(1, _HALVES + 1) / _HALVES, _POWERS):
         shape = Curve(start=0.0, drop=0.0, tail=0.0, damage=0.0, half=float(half), power=power)
-        learned = shape.learned(progress)
+        learned = shape.learned(here)
         width = spread(learned)
-        columns = _columns(learned, progress, -(ratio**2)) * [1.0, -1.0, -1.0, -1.0]
-        found = _solve(columns / width[:, None], log_loss / width, [-np.inf, 0.0, 0.0, 0.0])
+        columns = _columns(learned, here, -(ratio**2)) * [1.0, -1.0, -1.0, -1.0]
+        found = _solve_rising(columns / width[:, None], log_loss / width, _ROUND_NOISE / np.sqrt(share))
         cost = _cost(log_loss - columns @ found, width)
-        if best is None or cost < best[0]:
+        tested = _columns(shape.learned(reached), reached, -rows.mean_square_ratio)
+        missed = [wanted - tested @ _solve_rising(tested, wanted, _TEST_TOLERANCE) for _, _, wanted in _tested(rows)]
+        total = share * cost + float(np.sum(np.square(missed))) / _TEST_TOLERANCE**2
+        if best is None or total < best[0]:
             start, drop, tail, damage = map(float, found)
-            best = (cost, Curve(start=start, drop=drop, tail=tail, damage=damage, half=float(half), power=power))
+            curve = Curve(start=start, drop=drop, tail=tail, damage=damage, half=float(half), power=power)
+            best = (total, cost, curve)
     assert best is not None
-    return best[1], best[0]
+    return best[2], best[1]
 
 
 def _fit_local(
@@ -217,27 +247,30 @@ def _split_variance(standard: FloatArray, client: np.ndarray) -> tuple[float, fl
     return float(np.sqrt(total - within)), float(np.sqrt(within))
 
 
-def _fit_tests(rows: SourceRows, curve: Curve, progress: FloatArray) -> tuple[PanelFits, dict[str, Quality]]:
-    reached = progress[rows.evaluated + 1]
-    columns = _columns(curve.learned(reached), reached, -rows.mean_square_ratio)
+def _tested(rows: SourceRows) -> list[tuple[str, FloatArray, FloatArray]]:
+    """Each tested quantity: name, values, and values on the scale on which they rise (minus log, or logit)."""
 
     def logit(values: FloatArray) -> FloatArray:
         inside = np.clip(values, _LEAST_PROBABILITY, 1.0 - _LEAST_PROBABILITY)
         return np.asarray(np.log(inside / (1.0 - inside)))
 
+    return [
+        ("loss", rows.loss, -np.log(np.maximum(rows.loss, _LEAST_LOSS))),
+        ("accuracy", rows.accuracy, logit(rows.accuracy)),
+        ("accuracy_consensus", rows.accuracy_consensus, logit(rows.accuracy_consensus)),
+    ]
+
+
+def _fit_tests(rows: SourceRows, curve: Curve, progress: FloatArray) -> tuple[PanelFits, dict[str, Quality]]:
+    reached = progress[rows.evaluated + 1]
+    columns = _columns(curve.learned(reached), reached, -rows.mean_square_ratio)
     fits, quality = {}, {}
-    for name, values in (
-        ("loss", rows.loss),
-        ("accuracy", rows.accuracy),
-        ("accuracy_consensus", rows.accuracy_consensus),
-    ):
-        sign = -1.0 if name == "loss" else 1.0  # a loss falls where an accuracy rises
-        wanted = np.log(np.maximum(values, _LEAST_LOSS)) if name == "loss" else logit(values)
-        found = _solve(columns, sign * wanted, [-np.inf, 0.0, 0.0, 0.0])
-        level, gain, tail, damage = map(float, found)
+    for name, values, wanted in _tested(rows):
+        level, gain, tail, damage = map(float, _solve_rising(columns, wanted, _TEST_TOLERANCE))
+        sign = -1.0 if name == "loss" else 1.0
         fits[name] = PanelFit(level=sign * level, progress=gain, tail=tail, damage=damage)
-        scaled = sign * (columns @ found)
-        predicted = np.exp(scaled) if name == "loss" else 1.0 / (1.0 + np.exp(-scaled))
+        risen = level + fits[name].gain(curve, reached, rows.mean_square_ratio)
+        predicted = np.exp(-risen) if name == "loss" else 1.0 / (1.0 + np.exp(-risen))
         quality[name] = _quality("natural", values, predicted, 4)
     return PanelFits(**fits), quality
 
@@ -270,7 +303,7 @@ def _quality(scale: Any, values: FloatArray, predicted: FloatArray, coefficients
     residual = float(((values - predicted) ** 2).sum())
     total = float(((values - values.mean()) ** 2).sum())
     spare = max(1, len(values) - coefficients)
-    r2 = 1.0 - residual / total if total > 0 else 0.0
+    r2 = 1.0 - residual / total if total > _LEAST_VARIANCE * len(values) else 0.0
     return Quality(scale=scale, rmse=float(np.sqrt(residual / spare)), r2=r2, rows=len(values))
 
 

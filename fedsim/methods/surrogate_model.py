@@ -6,19 +6,21 @@ smooth functions of what can be read from the records of one real run, and it cl
 * *Progress* ``g``: a job's contribution is ``c = dose * rho(rank)``, the dose being learning rate x local steps over
   that of the source's first round, ``rho = 1 + theta log2(rank / reference)``. The server adds the mean contribution
   of the clients whose updates arrived.
-* *Curve*: with ``h = g^k / (s^k + g^k)`` the expected log loss at ratio p is ``a0 + h (a2 p^2 - a1 - a3 log(1 + g))``:
-  an untrained head is as good for all, and neither pruning nor a client's own data matter until something is learned.
-* *Before a job*: the curve, plus ``w(h) (client + noise)``; a client's offset is drawn once, the noise every round.
+* *Curve*: with ``h = g^k / (s^k + g^k)`` the expected log loss at ratio p is ``a0 - h (a1 + a3 log(1 + g)) + a2 p^2``:
+  falling with progress, first along a step and then slowly, and rising with pruning.
+* *Before a job*: the curve, plus ``w(h) (client + noise)``; a client's offset is drawn once, the noise every round. An
+  untrained head is as good for all: ``w`` is small until something is learned.
 * *After it*: the client has gone on along the curve by ``kappa c`` on its own data, to its new ratio;
   ``log after - log before`` is linear in that expected change, in the client's deviation from the curve before, and
   in a fresh cut.
-* *Tests*: log loss and the logit of accuracy are ``level + h (progress + tail log(1 + g) - damage * mean p^2)`` (the
-  loss with the signs turned), monotone in both, without noise.
+* *Tests*: the logit of accuracy is ``level + h (progress + tail log(1 + g)) - damage * mean p^2``, the log loss
+  the same with the signs turned: monotone in progress and in pruning, and without noise.
 * *Importance*: log-linear in rank, ratio and the loss before the job, up to a factor that is the same for all.
 
-What cannot be told from one run: how progress depends on the number of participants and on what pruned clients lack
-(here: on neither), and another learning rate's effect beyond its dose. A client's rank moves the fleet as it moves the
-client's own loss: an assumption.
+What one run tells badly: how much later rounds still bring (tail) from what pruning costs (damage), as both grow with
+time; the fit pulls both towards zero. What it does not tell: how progress depends on the number of participants and on
+what pruned clients lack (here: on neither), and what another learning rate does beyond its dose. That a client's rank
+moves the fleet as it moves the client's own loss is an assumption.
 """
 
 from __future__ import annotations
@@ -60,8 +62,8 @@ class Curve(Section):
 
     def log_loss(self, progress: FloatArray | float, ratio: FloatArray) -> FloatArray:
         """Expected log loss at `progress` and pruning ratio; arguments broadcast."""
-        fall = self.drop + self.tail * np.log1p(progress)
-        return np.asarray(self.start + self.learned(progress) * (self.damage * np.asarray(ratio) ** 2 - fall))
+        fall = self.learned(progress) * (self.drop + self.tail * np.log1p(progress))
+        return np.asarray(self.start - fall + self.damage * np.asarray(ratio) ** 2)
 
 
 def spread(learned: FloatArray, least: float = _LEAST_SPREAD) -> FloatArray:
@@ -126,10 +128,10 @@ class PanelFit(Section):
     tail: NonNegativeFloat
     damage: NonNegativeFloat
 
-    def gain(self, curve: Curve, progress: float, mean_square_ratio: float) -> float:
-        """What training and pruning have brought together, beside `level`."""
-        rise = self.progress + self.tail * np.log1p(progress)
-        return float(curve.learned(progress) * (rise - self.damage * mean_square_ratio))
+    def gain(self, curve: Curve, progress: FloatArray | float, mean_square_ratio: FloatArray | float) -> FloatArray:
+        """What training has brought and pruning left, beside `level`; arguments broadcast."""
+        rise = curve.learned(progress) * (self.progress + self.tail * np.log1p(progress))
+        return np.asarray(rise - self.damage * mean_square_ratio)
 
 
 class PanelFits(Section):

@@ -76,7 +76,7 @@ def labels_of_use(
     decay = 1.0 - rounds / config.server.rounds if config.train.schedule == "linear" else np.ones(len(rounds))
     dose = float(decay.sum()) * config.train.learning_rate * config.train.local_steps / model.first_dose
     beyond = [
-        f"{what} {_number(low)} to {_number(high)} (fitted on {_number(known[0])} to {_number(known[1])})"
+        f"{what} {_span(low, high)} (fitted on {_span(*known)})"
         for what, low, high, known in (
             ("pruning ratios", 0.0, ratio_cap(config.prune) if method.prunes else 0.0, seen.ratio),
             ("ranks", min(ranks), max(ranks), seen.rank),
@@ -95,5 +95,6 @@ def labels_of_use(
     return [model.label(), *([f"extrapolated: {'; '.join(beyond)}"] if beyond else [])]
 
 
-def _number(value: float) -> str:
-    return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+def _span(low: float, high: float) -> str:
+    texts = [f"{value:,.4g}" if value < 1000 else f"{value:,.0f}" for value in (low, high)]
+    return " to ".join(dict.fromkeys(texts))
