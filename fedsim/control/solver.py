@@ -22,9 +22,15 @@ _SAMPLE = 4096
 
 
 def ratio_grid(context: RoundContext) -> FloatArray:
-    """Common ratios to choose from, ascending, shape (G,): from 0 to the cap in steps of at most 0.01."""
-    cap = max(context.ratio_max, float(context.ratio_high.max(initial=0.0)))
-    return np.linspace(0.0, cap, max(1, int(np.ceil(cap / GRID_STEP - 1e-9))) + 1)
+    """Common ratios to choose from, ascending, shape (G,): in steps of at most 0.01 from 0 to the cap.
+
+    Of those beyond every client's bounds only the nearest on each side stays: clipped, they would all be the same.
+    """
+    cap = max(context.ratio_max, float(context.ratio_high.max()))
+    grid = np.linspace(0.0, cap, max(1, int(np.ceil(cap / GRID_STEP - 1e-9))) + 1)
+    last_below = grid.searchsorted(context.ratio_low.min(), side="right") - 1
+    first_above = grid.searchsorted(context.ratio_high.max(), side="left")
+    return grid[last_below : first_above + 1]
 
 
 def common_deadline(
@@ -153,7 +159,8 @@ def _grid_times(context: RoundContext, ask: Ask, times: Times, grid: FloatArray)
     times_s = np.empty((grid.size, context.clients.size))
     for start in range(0, context.clients.size, _CHUNK):
         part = slice(start, start + _CHUNK)
-        within = times(context.clients[part], at_grid)
-        above = np.where(grid > high[part], at_high[part], within)
-        times_s[:, part] = np.where(grid < low[part], at_low[part], above).T
+        times_part = times(context.clients[part], at_grid)
+        np.copyto(times_part, at_low[part], where=grid < low[part])
+        np.copyto(times_part, at_high[part], where=grid > high[part])
+        times_s[:, part] = times_part.T
     return times_s

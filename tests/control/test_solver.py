@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.control.recentre import recentre
-from fedsim.control.solver import common_deadline, largest_ranks, level
+from fedsim.control.solver import common_deadline, largest_ranks, level, ratio_grid
 from fedsim.rng import Stream, generator
 from fedsim.specs import RoundContext
 
@@ -151,3 +151,14 @@ def test_chunks_change_nothing(monkeypatch):
     parts = level(context, ask, times)
     np.testing.assert_array_equal(whole.ratio, parts.ratio)
     np.testing.assert_array_equal(whole.rank, parts.rank)
+
+
+def test_grid_covers_all_bounds_and_nothing_beyond_them():
+    def grid(low, high):
+        low, high = np.array(low), np.array(high)
+        return ratio_grid(RoundContext(0, np.arange(low.size), low, low, high, 0.3, 0.8, 0.1))
+
+    np.testing.assert_array_equal(grid([0.0, 0.2], [0.1, 0.8]), np.linspace(0.0, 0.8, 81))
+    np.testing.assert_array_equal(grid([0.0, 0.0], [0.0, 0.0]), [0.0])
+    # The points next to the bounds stay: clipped, they are the bounds.
+    np.testing.assert_allclose(grid([0.304, 0.33], [0.315, 0.336]), [0.30, 0.31, 0.32, 0.33, 0.34])
