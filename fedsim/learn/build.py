@@ -8,13 +8,13 @@ import torch
 
 from fedsim.data.records import Corpus
 from fedsim.errors import ConfigError
+from fedsim.learn.adapter import initial_adapter
 from fedsim.learn.aggregate import find_rule
 from fedsim.learn.backbone import load_backbone
 from fedsim.learn.batches import encode
 from fedsim.learn.engine import chosen_precision, make_engine
 from fedsim.learn.importance import find_criterion
 from fedsim.learn.learner import LearnerParts, LoraLearner
-from fedsim.learn.lora import initial_adapter
 from fedsim.learn.train import ClientData, TrainRule
 from fedsim.settings import Config
 from fedsim.specs import IntArray

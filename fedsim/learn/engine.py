@@ -22,10 +22,9 @@ from fedsim.learn.cohort.plan import ChunkPlan
 from fedsim.learn.cohort.stack import Base
 from fedsim.learn.cohort.tester import CohortTester
 from fedsim.learn.cohort.trainer import CohortTrainer
-from fedsim.learn.evaluate import ReferenceTester, Tester
+from fedsim.learn.evaluate import Tester
 from fedsim.learn.linears import target_linears
-from fedsim.learn.lora import LoraModel
-from fedsim.learn.train import ClientData, ReferenceTrainer, Trainer, TrainRule
+from fedsim.learn.train import ClientData, Trainer, TrainRule
 from fedsim.settings import Config
 from fedsim.structure import ModelShape
 
@@ -96,6 +95,9 @@ def make_engine(
     """Stand up the engine that ``train.engine`` names."""
     train, settings = config.train, config.model
     if train.engine == "reference":
+        from fedsim.learn.lora import LoraModel  # PEFT takes seconds to import, and only the oracle needs it
+        from fedsim.learn.reference import ReferenceTester, ReferenceTrainer
+
         model = LoraModel(backbone, settings.lora_targets, settings.lora_alpha_over_rank)
         batches, _ = eval_batches(test, EVALUATION_BATCH, backbone.device)
         return Engine("reference", "fp32", 1, ReferenceTrainer(model, data, rule), ReferenceTester(model, batches))

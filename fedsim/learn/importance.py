@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,10 +22,12 @@ from numpy.typing import NDArray
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.backbone import Backbone
 from fedsim.learn.linears import PrunableLinear, Role, group_width, prunable_linears
-from fedsim.learn.lora import LoraModel
 from fedsim.rng import Stream, generator
 from fedsim.specs import FloatArray
 from fedsim.structure import ModelShape
+
+if TYPE_CHECKING:
+    from fedsim.learn.lora import LoraModel
 
 DECAY = 0.9
 """Weight of the old average, per local iteration."""

@@ -1,4 +1,4 @@
-"""Local training of one client after another: slow, obvious, on a PEFT model. The oracle of every faster engine.
+"""What a local job is, and what comes of it; the trainers are `fedsim.learn.reference` and `fedsim.learn.cohort`.
 
 One local job (FedSpine, arXiv 2501.02438): tau steps of AdamW on LoRA and head; after each backward pass the importance
 of every group is estimated and averaged; before the last ``recovery_steps`` steps the least important groups go.
@@ -10,17 +10,13 @@ probe batch of the client; |B * grad B| from the last step's gradients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from fedsim.learn.adapter import Adapter
-from fedsim.learn.batches import Batch, EncodedText, batch_stream, fixed_batch
-from fedsim.learn.importance import Criterion, GroupScores, lora_importance, smooth
-from fedsim.learn.lora import LoraModel, restrict
+from fedsim.learn.batches import EncodedText
+from fedsim.learn.importance import Criterion, GroupScores
 from fedsim.learn.selection import select
 from fedsim.specs import IntArray, LocalRequest, Outcome
 from fedsim.structure import ModelShape, Structure
@@ -93,86 +89,6 @@ class Trainer(Protocol):
 
     def train(self, jobs: Sequence[Job]) -> list[Update]:
         """One update per job, in order."""
-
-
-class ReferenceTrainer:
-    """Implements `Trainer` on one PEFT model that takes each client's structure and adapter in turn."""
-
-    def __init__(self, model: LoraModel, data: ClientData, rule: TrainRule) -> None:
-        self._model, self._data, self._rule = model, data, rule
-
-    def train(self, jobs: Sequence[Job]) -> list[Update]:
-        """One update per job, in order."""
-        return [self._train_one(job) for job in jobs]
-
-    def _train_one(self, job: Job) -> Update:
-        model, request = self._model, job.request
-        key = (self._rule.seed, request.client, request.round_index)
-        model.load(job.start, restrict(job.adapter, job.start, request.rank, model.backbone.shape, key))
-        indices = self._data.parts[request.client]
-        device = model.backbone.device
-        probe = fixed_batch(self._data.text, indices, PROBE_SAMPLES, self._rule.seed, request.client, device)
-        stream = batch_stream(
-            self._data.text,
-            indices,
-            self._rule.batch_size,
-            self._rule.seed,
-            request.client,
-            request.round_index,
-            device,
-        )
-        loss_before = self._probe_loss(probe)
-        optimizer = torch.optim.AdamW(model.parameters_list(), lr=request.learning_rate, weight_decay=0.0, fused=True)
-        structure, scores = job.start, job.scores
-        prune_at = request.local_steps - request.recovery_steps
-        outcome, importance = Outcome.OK, float("nan")
-        for step in range(request.local_steps):
-            if request.prune and step == prune_at:
-                structure = self._prune(job, structure, scores, optimizer)
-            optimizer.zero_grad(set_to_none=True)
-            batch = next(stream)
-            loss = torch.nn.functional.cross_entropy(model.logits(batch), batch.labels)
-            if not math.isfinite(float(loss.detach())):
-                outcome = Outcome.NON_FINITE
-                break
-            loss.backward()
-            scores = self._estimate(scores, step)
-            if step == request.local_steps - 1:
-                importance = lora_importance(model)
-            optimizer.step()
-        if request.prune and outcome == Outcome.OK and prune_at == request.local_steps:
-            structure = self._prune(job, structure, scores, optimizer)
-        loss_after = self._probe_loss(probe) if outcome == Outcome.OK else float("nan")
-        if outcome == Outcome.OK and not (math.isfinite(loss_after) and math.isfinite(importance)):
-            outcome = Outcome.NON_FINITE
-        return Update(
-            adapter=model.read(),
-            structure=structure,
-            scores=scores,
-            samples=len(indices),
-            loss_before=loss_before,
-            loss_after=loss_after,
-            lora_importance=importance,
-            outcome=outcome,
-        )
-
-    def _estimate(self, scores: GroupScores | None, step: int) -> GroupScores | None:
-        criterion, every = self._rule.criterion, self._rule.importance_every
-        if criterion is None or criterion.estimate is None or (step + 1) % every != 0:
-            return scores
-        return smooth(scores, criterion.estimate(self._model), steps=every)
-
-    def _prune(
-        self, job: Job, structure: Structure, scores: GroupScores | None, optimizer: torch.optim.Optimizer
-    ) -> Structure:
-        target = target_structure(job, structure, scores, self._model.backbone.shape, self._rule.selection)
-        if not target.same_as(structure):
-            self._model.prune_with_optimizer(target, optimizer)
-        return target
-
-    @torch.no_grad()
-    def _probe_loss(self, probe: Batch) -> float:
-        return float(torch.nn.functional.cross_entropy(self._model.logits(probe), probe.labels))
 
 
 def target_structure(

@@ -8,6 +8,7 @@ import torch
 
 from fedsim.errors import ConfigError
 from fedsim.learn import importance as importance_module
+from fedsim.learn.adapter import initial_adapter, restrict
 from fedsim.learn.importance import (
     CRITERIA,
     GroupScores,
@@ -19,7 +20,7 @@ from fedsim.learn.importance import (
     smooth,
 )
 from fedsim.learn.linears import Role, group_width, kept_columns, kept_rows, prunable_linears
-from fedsim.learn.lora import LoraModel, initial_adapter, restrict
+from fedsim.learn.lora import LoraModel
 from fedsim.learn.slicing import apply_structure
 from fedsim.structure import Structure
 

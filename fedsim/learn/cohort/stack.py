@@ -13,12 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedsim.learn.adapter import Adapter
+from fedsim.learn.adapter import Adapter, extra_rows
 from fedsim.learn.backbone import Backbone
 from fedsim.learn.cohort.axes import COLUMN_PRUNED, HEAD_ROLES, Widths
 from fedsim.learn.cohort.kernels import Frozen, StackedFactors
 from fedsim.learn.linears import PrunableLinear, group_width, prunable_linears
-from fedsim.learn.lora import extra_rows
 from fedsim.learn.slicing import check_structure
 from fedsim.structure import Structure
 
