@@ -81,7 +81,12 @@ def find_minilm() -> Path | None:
 
 
 def load_backbone(
-    settings: ModelSettings, labels: int, seed: int, device: torch.device, attention: str = "sdpa"
+    settings: ModelSettings,
+    labels: int,
+    seed: int,
+    device: torch.device,
+    attention: str = "sdpa",
+    products: torch.dtype = torch.float32,
 ) -> Backbone:
     """Load a checkpoint and put a fresh classification head on it.
 
@@ -95,6 +100,8 @@ def load_backbone(
         labels: number of classes, >= 2.
         seed: the run's root seed; the head comes from its stream ``HEAD_INIT``.
         attention: ``sdpa`` or ``eager``.
+        products: type of the prunable Linears' weights, of which there is one copy. A LLaMA is held in it whole
+            (embeddings and norms too); of BERT and RoBERTa the small rest stays in fp32. The head always does.
     Raises:
         ModelError: no such model, not of BERT, RoBERTa or LLaMA type, or weights missing or of wrong sizes.
     """
@@ -106,9 +113,12 @@ def load_backbone(
     shape = _shape_of(settings, config, labels)
     # Modules draw throw-away values from torch's global generator when they are made.
     with torch.random.fork_rng(devices=[]):
-        encoder = _load_encoder(settings.name, source, is_local, config, native_pooler, attention)
+        dtype = products if shape.architecture == "llama" else torch.float32
+        encoder = _load_encoder(settings.name, source, is_local, config, native_pooler, attention, dtype)
         head = make_head(shape, settings.pooling)
     linears = _prunable_modules(settings.name, encoder, shape)
+    for linear in linears.values():
+        linear.weight = nn.Parameter(linear.weight.detach().to(products), requires_grad=False)
     _initialise(head, integer_seed(seed, Stream.HEAD_INIT))
     model = SentenceClassifier(encoder, head, shape.architecture, settings.pooling)
     for name, parameter in model.named_parameters():
@@ -195,14 +205,16 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_encoder(name: str, source: str, is_local: bool, config: Any, native_pooler: bool, attention: str) -> Any:
+def _load_encoder(
+    name: str, source: str, is_local: bool, config: Any, native_pooler: bool, attention: str, dtype: torch.dtype
+) -> Any:
     options: dict[str, Any] = {} if config.model_type == "llama" else {"add_pooling_layer": native_pooler}
     try:
         with _quiet():
             encoder, report = AutoModel.from_pretrained(
                 source,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation=attention,
                 local_files_only=is_local,
                 output_loading_info=True,

@@ -57,7 +57,8 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         # Without it cuBLAS may choose between workspaces, and repeats would differ; read when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = chosen_precision(config.train.precision, config.train.engine, device)
-    backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device)
+    products = torch.bfloat16 if precision == "bf16" else torch.float32
+    backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device, products=products)
     if config.train.max_length > backbone.max_tokens:
         raise ConfigError(
             f"train.max_length: value {config.train.max_length} is not allowed (model '{config.model.name}' takes at "

@@ -43,12 +43,12 @@ class Engine:
     Attributes:
         name: ``reference``, ``masked`` or ``sliced``: the path that was chosen.
         precision: ``fp32``, or ``bf16`` where the products with frozen weights run in it.
-        chunk: clients trained together at most, when the run begins; 1 for ``reference``.
+        plan: how many clients are trained together; None for ``reference``, which takes one after another.
     """
 
     name: str
     precision: str
-    chunk: int
+    plan: ChunkPlan | None
     trainer: Trainer
     tester: Tester
 
@@ -100,11 +100,10 @@ def make_engine(
 
         model = LoraModel(backbone, settings.lora_targets, settings.lora_alpha_over_rank)
         batches, _ = eval_batches(test, EVALUATION_BATCH, backbone.device)
-        return Engine("reference", "fp32", 1, ReferenceTrainer(model, data, rule), ReferenceTester(model, batches))
+        return Engine("reference", "fp32", None, ReferenceTrainer(model, data, rule), ReferenceTester(model, batches))
     name = "sliced" if train.engine == "auto" else train.engine
-    products = torch.bfloat16 if precision == "bf16" else None
     frozen = {
-        linear: (weight.detach().to(products or weight.dtype), None if bias is None else bias.detach())
+        linear: (weight.detach(), None if bias is None else bias.detach())
         for linear, (weight, bias) in backbone.full_weights.items()
     }
     dtype = next(iter(adapter.head.values())).dtype
@@ -119,6 +118,6 @@ def make_engine(
     one = client_bytes(cohort, training, adapter, train.batch_size, train.max_length, rule.criterion is not None)
     fastest = chunk_clients(backbone.shape, train.batch_size * train.max_length, backbone.device)
     fitting = max(1, budget // one)
-    chunk = min(fitting, max(1, len(data.parts)), fastest or fitting)
-    trainer = CohortTrainer(cohort, training, data, rule, ChunkPlan(chunk))
-    return Engine(name, precision, chunk, trainer, CohortTester(cohort, base(True), test))
+    plan = ChunkPlan(min(fitting, max(1, len(data.parts)), fastest or fitting))
+    trainer = CohortTrainer(cohort, training, data, rule, plan)
+    return Engine(name, precision, plan, trainer, CohortTester(cohort, base(True), test))

@@ -22,6 +22,7 @@ from fedsim.learn.adapter import Adapter
 from fedsim.learn.aggregate import Contribution, merge
 from fedsim.learn.backbone import Backbone
 from fedsim.learn.engine import Engine
+from fedsim.learn.faults import device_faults
 from fedsim.learn.importance import Criterion, GroupScores
 from fedsim.learn.peft_folder import write_peft_folder
 from fedsim.learn.selection import grow, select
@@ -84,7 +85,7 @@ class LoraLearner:
         return {
             "engine": engine.name,
             "precision": engine.precision,
-            "chunk_clients": engine.chunk,
+            "chunk_clients": 1 if engine.plan is None else engine.plan.limit,
             "torch_device": str(self._parts.backbone.device),
         }
 
@@ -104,7 +105,8 @@ class LoraLearner:
         if any(ticket not in self._trained for ticket in wanted):
             waiting, jobs = list(self._pending), list(self._pending.values())
             self._pending.clear()
-            updates = self._parts.engine.trainer.train(jobs)
+            with device_faults(self._parts.backbone.device):
+                updates = self._parts.engine.trainer.train(jobs)
             self._trained.update(zip(waiting, zip(jobs, updates, strict=True), strict=True))
         return self._as_results([self._trained.pop(ticket) for ticket in wanted])
 
@@ -202,7 +204,8 @@ class LoraLearner:
     def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation:
         """Panel mean of accuracy and loss, and the consensus model's accuracy."""
         structures = [self._store.structure(int(client)) for client in panel]
-        results = self._parts.engine.tester.measure(self._adapter, [*structures, self._consensus(consensus_ratio)])
+        with device_faults(self._parts.backbone.device):
+            results = self._parts.engine.tester.measure(self._adapter, [*structures, self._consensus(consensus_ratio)])
         panel_results = np.array(results[:-1])
         accuracy, loss = panel_results.mean(axis=0)
         return Evaluation(float(accuracy), float(loss), results[-1][0])
@@ -283,8 +286,12 @@ class LoraLearner:
     # -- checkpoint -------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
-        """Adapter, structures and scores as arrays."""
+        """Adapter, structures, scores and the size of chunks as arrays."""
         arrays: dict[str, np.ndarray] = {}
+        plan = self._parts.engine.plan
+        if plan is not None:
+            # It may have shrunk: a resumed run must add up in the same order.
+            arrays["chunk_clients"] = np.array([plan.limit])
         for name, (a, b) in self._adapter.factors.items():
             arrays[f"A.{name}"], arrays[f"B.{name}"] = a.cpu().numpy(), b.cpu().numpy()
         for name, tensor in self._adapter.head.items():
@@ -303,6 +310,8 @@ class LoraLearner:
             },
             {name: _tensor(state[f"head.{name}"], device) for name in self._adapter.head},
         )
+        if self._parts.engine.plan is not None and "chunk_clients" in state:
+            self._parts.engine.plan.limit = int(state["chunk_clients"][0])
         self._common = Structure(state["common_heads"].astype(bool), state["common_channels"].astype(bool))
         self._store.restore(state)
         self._masks.clear()

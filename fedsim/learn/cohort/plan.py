@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fedsim.errors import ResourceError
+from fedsim.learn.faults import is_out_of_memory
 from fedsim.learn.train import Job
 
 _LOG = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class ChunkPlan:
             try:
                 work(chunk)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._shrink(len(chunk), error)
             else:
@@ -78,10 +79,3 @@ class ChunkPlan:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _LOG.warning("out of memory with %d clients at once: from here on at most %d", clients, self.limit)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    # The processor's allocator raises a plain RuntimeError.
-    return "can't allocate memory" in str(error) or "not enough memory" in str(error)

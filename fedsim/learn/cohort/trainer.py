@@ -7,6 +7,7 @@ another's loss, a client whose gradients are not finite spoils nobody else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 
@@ -114,7 +115,7 @@ class CohortTrainer:
         before, after, importance, finite = torch.stack([value.double().cpu() for value in measured]).tolist()
         updates = []
         for place, (job, adapter) in enumerate(zip(jobs, stack.read(), strict=True)):
-            whole = bool(finite[place]) and torch.tensor([after[place], importance[place]]).isfinite().all()
+            whole = bool(finite[place]) and math.isfinite(after[place]) and math.isfinite(importance[place])
             updates.append(
                 Update(
                     adapter=adapter,
