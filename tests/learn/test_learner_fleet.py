@@ -52,7 +52,7 @@ def make_learner(scored_by=None, **prune):
         linear.name: (torch.ones(2, linear.d_in), torch.zeros(linear.d_out, 2)) for linear in prunable_linears(SHAPE)
     }
     backbone = SimpleNamespace(shape=SHAPE, device=torch.device("cpu"))
-    engine = SimpleNamespace(trainer=StandIn())
+    engine = SimpleNamespace(trainer=StandIn(), plan=None)
     parts = LearnerParts(config, backbone, engine, scored_by or Criterion(estimate=lambda model: None))
     return LoraLearner(parts, Adapter(factors, {"weight": torch.zeros(2, 8)}))
 
