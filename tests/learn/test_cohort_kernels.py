@@ -15,7 +15,7 @@ SCALE = 1.7
 
 @st.composite
 def linears(draw):
-    """Input ``x``, and one to three Linears of it, each with weights shared or per client, with bias and LoRA or not."""
+    """Input ``x``, and one to three Linears of it: weights shared or per client, with bias and LoRA or not."""
     sizes = st.integers(1, 4)
     clients, tokens, d_in = draw(sizes), draw(sizes), draw(sizes)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))

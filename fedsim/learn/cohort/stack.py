@@ -114,8 +114,10 @@ class CohortStack:
         """Shrink to `structures`, each within what its client keeps; the optimizer's moments are sliced alike.
 
         Raises:
-            ValueError: a structure brings a group back.
+            ValueError: a structure brings a group back, or empties a layer.
         """
+        for structure in structures:
+            check_structure(self.base.backbone, structure)
         old = self.widths
         new = self._widths(structures)
         grown = (new.head_masks & ~old.head_masks).any() or (new.channel_masks & ~old.channel_masks).any()
