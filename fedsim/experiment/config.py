@@ -256,6 +256,11 @@ def _check(config: Config, method: Method) -> None:
         )
     if config.data.task == "causal_lm":
         raise ConfigError("data.task: value 'causal_lm' is not allowed yet (this version trains: classification)")
+    if config.server.over_selection > 0 and config.server.clients_per_round == "all":
+        raise ConfigError(
+            f"server.over_selection: value {config.server.over_selection:g} is not allowed with "
+            "server.clients_per_round all (nobody is left to select; give a number of clients)"
+        )
     if config.server.mode != "sync":
         raise ConfigError(unknown("server.mode", config.server.mode, ["sync"]))
 
