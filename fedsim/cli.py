@@ -91,6 +91,25 @@ def _parser() -> argparse.ArgumentParser:
     surrogate.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSON file to write")
     surrogate.set_defaults(action=_fit_surrogate)
 
+    bench = commands.add_parser(
+        "bench",
+        help="how fast this host trains clients and plays rounds, against plain loops in the same process",
+        description="Measure engines, simulator, policies and memory; every result is checked before it is timed.",
+    )
+    bench.add_argument("--torch-device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
+    bench.add_argument(
+        "--only",
+        metavar="SECTION,...",
+        default="",
+        help="engines, chunks, simulator, runs, control, memory (default: all; with cuda: engines and chunks)",
+    )
+    size = bench.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="smallest sizes, in seconds; no target is judged")
+    size.add_argument("--full", action="store_true", help="more cases and more repetitions")
+    bench.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
+    bench.add_argument("--json", action="store_true", help="machine-readable output")
+    bench.set_defaults(action=_bench)
+
     devices = commands.add_parser("devices", help="device profiles: every number with its status and source")
     devices.add_argument("name", nargs="?", metavar="NAME", help="device name or profile file (default: a list)")
     devices.add_argument("--json", action="store_true", help="machine-readable output")
@@ -166,6 +185,21 @@ def _fit_surrogate(arguments: argparse.Namespace) -> None:
 
     print(fit_text(fit_surrogate(arguments.run, arguments.out)))
     print(f"written to {arguments.out}; use it with train.engine=surrogate train.surrogate={arguments.out}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from fedsim.bench.options import Options
+    from fedsim.bench.run import bench
+    from fedsim.bench.text import report_text
+
+    options = Options(
+        torch_device=arguments.torch_device,
+        size="quick" if arguments.quick else "full" if arguments.full else "default",
+        sections=tuple(name for name in arguments.only.split(",") if name),
+        threads=arguments.threads,
+    )
+    report = bench(options)
+    print(json.dumps(report.as_dict(), indent=2) if arguments.json else report_text(report))
 
 
 def _devices(arguments: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ LEVELS = {
     "experiment": 5,
     "plots": 6,
     "report": 6,
+    "bench": 6,
     "cli": 7,
 }
 OWNERS = {

@@ -1,0 +1,1 @@
+"""The learner's contenders in `fedsim bench`: every engine, a plain PEFT loop, and one big batch."""
