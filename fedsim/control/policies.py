@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from fedsim.control.balanced import Balanced, Oracle
+from fedsim.control.eucb import EUcb
+from fedsim.control.grid_ucb import d_ucb_grid
 from fedsim.control.recentre import recentre
 from fedsim.control.sucb import SUcb
+from fedsim.control.thompson import thompson
 from fedsim.errors import ConfigError, unknown
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
 from fedsim.specs import Arms, Ask, ExpectedTime, Feedback, Policy, RoundContext, State
 
-__all__ = ["POLICIES", "PolicyFactory", "PolicyInputs", "Random", "Uniform", "make_policy", "recentre"]
+__all__ = [
+    "POLICIES",
+    "POLICY_DEFAULTS",
+    "PolicyFactory",
+    "PolicyInputs",
+    "Random",
+    "Uniform",
+    "make_policy",
+    "recentre",
+]
 
 
 class _Stateless:
@@ -86,6 +98,18 @@ PolicyFactory = Callable[[PolicyInputs], Policy]
 """How a policy is made; a user's factory takes the same record."""
 
 
+def _e_ucb(inputs: PolicyInputs) -> Policy:
+    return EUcb(inputs.settings, clients=inputs.clients, fixed_rank=inputs.fixed_rank, seed=inputs.seed)
+
+
+def _d_ucb_grid(inputs: PolicyInputs) -> Policy:
+    return d_ucb_grid(inputs.settings, clients=inputs.clients, ranks=inputs.ask.ranks, seed=inputs.seed)
+
+
+def _thompson(inputs: PolicyInputs) -> Policy:
+    return thompson(inputs.settings, clients=inputs.clients, ranks=inputs.ask.ranks, seed=inputs.seed)
+
+
 def _oracle(inputs: PolicyInputs) -> Policy:
     if inputs.expected_time is None:
         raise ConfigError("control.policy 'oracle' needs the simulator's expected times, and this run offers none")
@@ -94,12 +118,20 @@ def _oracle(inputs: PolicyInputs) -> Policy:
 
 POLICIES: dict[str, PolicyFactory] = {
     "balanced": lambda inputs: Balanced(clients=inputs.clients, ask=inputs.ask),
+    "d_ucb_grid": _d_ucb_grid,
+    "e_ucb": _e_ucb,
     "oracle": _oracle,
     "random": lambda inputs: Random(inputs.ask, inputs.seed),
     "sucb": lambda inputs: SUcb(inputs.settings, clients=inputs.clients, ranks=inputs.ask.ranks, seed=inputs.seed),
+    "thompson": _thompson,
     "uniform": lambda inputs: Uniform(inputs.fixed_rank),
 }
 """Policies by the name that ``control.policy`` takes."""
+
+POLICY_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "e_ucb": {"control.exploration": 2.0**0.5, "control.cut": "played"},
+}
+"""Configuration keys that a policy sets where neither the method nor the user does."""
 
 
 def make_policy(

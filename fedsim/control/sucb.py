@@ -4,9 +4,8 @@ FedSpine (arXiv 2501.02438) names the agent and its parameters lambda (``control
 (``control.exploration``) and delta (``control.split``), not its steps. What follows is a reconstruction [ours] from
 D-UCB (Garivier and Moulines, arXiv 0805.3415) and the splitting agent of FedMP (ICDE 2022):
 
-* A device's arm space is the unit square, cut into boxes (leaves). Axis 0 is the pruning ratio: with ``arms: absolute``
-  p = x * ratio_max, with ``arms: offset`` p = schedule + (2 x - 1) * OFFSET_SPAN, after which the server shifts all
-  participants so that their mean is on the schedule. Axis 1 is log2 of the rank.
+* A device's arm space is the unit square, cut into boxes (leaves). Axis 0 is the pruning ratio, absolute or as an
+  offset from the schedule (`fedsim.control.armspace`). Axis 1 is log2 of the rank.
 * Select, among the leaves that meet the feasible set (closed boxes), the largest
   U = S/N + s sqrt(max(0, ln n)/N), n the sum of N over those leaves; N below `NEVER_PLAYED` gives +inf; ties are drawn.
   With ``smooth``, only leaves that touch the one last played (corners count), or where none of these is feasible the
@@ -24,23 +23,25 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.control.armspace import BLOCK as _BLOCK
+from fedsim.control.armspace import (
+    LEAST_CHILD_SHARE,
+    NEVER_PLAYED,
+    OFFSET_SPAN,
+    best_bound,
+    cut_point,
+    doubled,
+    feasible_interval,
+    ratio_at,
+)
 from fedsim.control.checkpoint import take
-from fedsim.control.recentre import recentre
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
 from fedsim.specs import Arms, Feedback, FloatArray, IntArray, RoundContext, State
 
-OFFSET_SPAN = 0.2
-"""Largest deviation from the schedule that an offset arm asks for [ours]. At a fleet mean of 0.5 it levels devices
-whose speeds differ by 2.3 times; twice as much made exploring devices set the length of every round. Re-centring may
-carry a device further."""
-NEVER_PLAYED = 1e-9
-"""A discounted count below this counts as none."""
-LEAST_CHILD_SHARE = 0.01
-"""A cut at the played point leaves each child at least this share of the side, else it is made in the middle."""
+__all__ = ["LEAST_CHILD_SHARE", "NEVER_PLAYED", "OFFSET_SPAN", "SUcb"]
+
 _FIRST_LEAVES = 4
-_BLOCK = 1024
-"""Clients weighed at once: their boxes then stay in the processor's cache, and memory stays bounded."""
 
 
 class SUcb:
@@ -83,25 +84,12 @@ class SUcb:
         self._played[ids] = leaf
         self._point[:, ids] = point
         nearest = np.abs(point[1] - self._rank_positions[:, None]).argmin(axis=0)
-        return Arms(ratio=self._ratio(context, point[0]), rank=self._ranks[nearest])
+        return Arms(ratio=ratio_at(context, self._settings, point[0]), rank=self._ranks[nearest])
 
     def _feasible_box(self, context: RoundContext) -> tuple[FloatArray, FloatArray]:
         """Lower and upper corner of the feasible set in arm space, shape (2, P) each."""
-        bounds = np.stack([context.ratio_low, context.ratio_high])
-        if self._settings.arms == "offset":
-            x = 0.5 * (1.0 + (bounds - context.schedule_ratio) / OFFSET_SPAN)
-        else:
-            x = bounds / context.ratio_max if context.ratio_max > 0 else np.zeros_like(bounds)
-        # A feasible set beyond the square is met by its nearest edge; the ratio itself is clipped afterwards.
-        low, high = np.clip(x, 0.0, 1.0)
+        low, high = feasible_interval(context, self._settings)
         return np.stack([low, np.zeros_like(low)]), np.stack([high, np.full_like(high, self._rank_positions[-1])])
-
-    def _ratio(self, context: RoundContext, x: FloatArray) -> FloatArray:
-        low, high = context.ratio_low, context.ratio_high
-        if self._settings.arms == "absolute":
-            return np.clip(x * context.ratio_max, low, high)
-        wish = np.clip(context.schedule_ratio + (2.0 * x - 1.0) * OFFSET_SPAN, low, high)
-        return recentre(wish, context.schedule_ratio, low, high)
 
     def _playable(self, ids: IntArray, floor: FloatArray, ceiling: FloatArray) -> np.ndarray:
         """Which leaves may be played, boolean (leaves, P); at least one per client, as the leaves fill the square."""
@@ -118,22 +106,9 @@ class SUcb:
 
     def _best_leaf(self, ids: IntArray, playable: np.ndarray, round_index: int) -> IntArray:
         """The playable leaf with the largest bound U of each client, (P,); a seeded one of those that tie."""
-        count = np.where(playable, self._count.take(ids, axis=1), 0.0)
-        total = np.zeros(ids.size)
-        for of_leaf in count:  # one by one, in leaf order: pairwise summation would round otherwise
-            total += of_leaf
-        bonus = np.log(np.maximum(total, 1.0))
-        seen = count > NEVER_PLAYED
-        safe = np.where(seen, count, 1.0)
-        value = self._reward.take(ids, axis=1) / safe + self._settings.exploration * np.sqrt(bonus / safe)
-        value = np.where(seen, value, np.where(playable, np.inf, -np.inf))
-        tied = value == value.max(axis=0)
-        wanted = np.floor(uniforms(self._seed, Stream.POLICY_TIES, ids, round_index) * tied.sum(axis=0, dtype=np.int32))
-        passed, leaf = np.zeros(ids.size, dtype=np.int32), np.zeros(ids.size, dtype=np.int64)
-        for of_leaf in tied:  # the wanted one is the first leaf at which more than `wanted` tied ones were passed
-            passed += of_leaf
-            leaf += passed <= wanted
-        return leaf
+        draws = uniforms(self._seed, Stream.POLICY_TIES, ids, round_index)
+        count, reward = self._count.take(ids, axis=1), self._reward.take(ids, axis=1)
+        return best_bound(count, reward, playable, self._settings.exploration, draws)
 
     def update(self, feedback: Feedback) -> None:
         """Discount all who played, credit those who arrived, cut their leaves."""
@@ -159,11 +134,8 @@ class SUcb:
         if int(self._leaves[ids].max()) == self._count.shape[0]:
             self._grow()
         start, end = self._lower[axis, leaf, ids], self._upper[axis, leaf, ids]
-        at = 0.5 * (start + end)
         point = self._point[axis, ids]
-        if self._settings.cut == "played":
-            margin = LEAST_CHILD_SHARE * (end - start)
-            at = np.where((point - start >= margin) & (end - point >= margin), point, at)
+        at = cut_point(start, end, point, self._settings)
         new = self._leaves[ids]
         self._lower[:, new, ids] = self._lower[:, leaf, ids]
         self._upper[:, new, ids] = self._upper[:, leaf, ids]
@@ -176,10 +148,6 @@ class SUcb:
 
     def _grow(self) -> None:
         """Double the room for leaves."""
-
-        def doubled(array: FloatArray, empty: float) -> FloatArray:
-            return np.concatenate([array, np.full_like(array, empty)], axis=-2)
-
         self._lower, self._upper = doubled(self._lower, np.inf), doubled(self._upper, -np.inf)
         self._count, self._reward = doubled(self._count, 0.0), doubled(self._reward, 0.0)
 

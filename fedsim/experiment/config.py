@@ -1,6 +1,6 @@
 """Reading a configuration: YAML file or preset, ``key=value`` overrides, the method's defaults, and the checks.
 
-Precedence, low to high: defaults of `fedsim.settings`, defaults of the method, the file, the overrides.
+Precedence, low to high: defaults of `fedsim.settings`, of the policy, of the method, the file, the overrides.
 Paths inside a configuration are relative to the working directory.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedsim.control.policies import POLICY_DEFAULTS
 from fedsim.errors import ConfigError, nearest, unknown
 from fedsim.methods.base import Method
 from fedsim.methods.catalogue import METHODS, method_named
@@ -159,7 +160,7 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
         raise ConfigError(f"method: value {name!r} is not allowed (it should be one of {', '.join(sorted(METHODS))})")
     method = method_named(name)
     layered: Tree = {}
-    for key, value in method.defaults.items():
+    for key, value in (_policy_defaults(method, user) | dict(method.defaults)).items():
         _set(layered, key, value)
     for section, field in Config.model_fields.items():
         is_section = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
@@ -174,6 +175,15 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
         raise ConfigError(_sentence(error)) from error
     _check(config, method)
     return config
+
+
+def _policy_defaults(method: Method, user: Tree) -> dict[str, Any]:
+    """Keys that the policy sets which the method and the user settle on."""
+    policy = method.defaults.get("control.policy", Config().control.policy)
+    section = user.get("control")
+    if isinstance(section, Mapping):
+        policy = section.get("policy", policy)
+    return dict(POLICY_DEFAULTS.get(policy, {})) if isinstance(policy, str) else {}
 
 
 def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:

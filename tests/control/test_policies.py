@@ -22,7 +22,7 @@ def _make(name, clients=12, fleet=None):
 
 
 def test_names_and_protocol():
-    assert NAMES == ["balanced", "oracle", "random", "sucb", "uniform"]
+    assert NAMES == ["balanced", "d_ucb_grid", "e_ucb", "oracle", "random", "sucb", "thompson", "uniform"]
     for name in NAMES:
         assert isinstance(_make(name), Policy)
 
@@ -89,7 +89,7 @@ def test_restored_midway_goes_on_identically(name):
     np.testing.assert_array_equal(runs[0].duration_s, runs[1].duration_s)
 
 
-@pytest.mark.parametrize("name", ["balanced", "sucb"])
+@pytest.mark.parametrize("name", ["balanced", "d_ucb_grid", "e_ucb", "sucb", "thompson"])
 def test_a_checkpoint_that_does_not_fit_is_refused(name):
     policy = _make(name)
     state = dict(policy.state())

@@ -50,13 +50,13 @@ def _peak_bytes(name, clients, participants):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("name", ["uniform", "random", "sucb", "balanced"])
+@pytest.mark.parametrize("name", ["uniform", "random", "sucb", "e_ucb", "d_ucb_grid", "thompson", "balanced"])
 def test_clients_that_do_not_take_part_cost_nothing(name):
     small, large = _peak_bytes(name, 500, 30), _peak_bytes(name, 100_000, 30)
     assert large < small + 50_000, "half a byte per idle client would be as much"
 
 
-@pytest.mark.parametrize("name", ["uniform", "sucb", "balanced"])
+@pytest.mark.parametrize("name", ["uniform", "sucb", "e_ucb", "d_ucb_grid", "thompson", "balanced"])
 def test_memory_of_a_full_round_is_bounded_per_client(name):
     # 300 MB at 131,072 clients.
     assert _peak_bytes(name, 20_000, 20_000) < 2_280 * 20_000
