@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedsim.learn.adapter import Adapter
+from fedsim.learn.adapter import Adapter, folded
 from fedsim.learn.aggregate import Contribution, merge
 from fedsim.learn.backbone import Backbone
 from fedsim.learn.engine import Engine
@@ -205,14 +205,34 @@ class LoraLearner:
         """Panel mean of accuracy and loss, and the consensus model's accuracy."""
         structures = [self._store.structure(int(client)) for client in panel]
         with device_faults(self._parts.backbone.device):
-            results = self._parts.engine.tester.measure(self._adapter, [*structures, self._consensus(consensus_ratio)])
+            results = self._parts.engine.tester.measure(self._adapter, [*structures, self.consensus(consensus_ratio)])
         panel_results = np.array(results[:-1])
         accuracy, loss = panel_results.mean(axis=0)
         return Evaluation(float(accuracy), float(loss), results[-1][0])
 
     def export(self, folder: Path) -> None:
-        """Write the global adapter as a PEFT folder."""
-        write_peft_folder(folder, self._parts.backbone, self._adapter, self._parts.config.model)
+        """Write the global adapter as a PEFT folder, with what was merged into the base folded in."""
+        model = self._parts.config.model
+        adapter = folded(self._adapter, model.lora_alpha_over_rank)
+        write_peft_folder(folder, self._parts.backbone, adapter, model)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The global adapter, at full widths."""
+        return self._adapter
+
+    def structure(self, client: int) -> Structure:
+        """The groups that a client keeps; all of them if it never took part."""
+        return self._store.structure(client)
+
+    def consensus(self, ratio: float) -> Structure:
+        """One structure for all: cut to `ratio` by the averaged importance."""
+        shape = self._parts.backbone.shape
+        full = Structure.full(shape)
+        scores = self._guide(0) if self._static is not None else self._store.fleet_scores()
+        if ratio <= 0.0 or scores is None:
+            return full
+        return select(scores, full, shape, ratio, self._parts.config.prune.selection)
 
     # -- structures and scores --------------------------------------------------------------------------------------
 
@@ -274,15 +294,6 @@ class LoraLearner:
             scores = self._store.fleet_scores()
         return GroupScores.zeros(self._parts.backbone.shape) if scores is None else scores
 
-    def _consensus(self, ratio: float) -> Structure:
-        """One structure for all: cut to `ratio` by the averaged importance."""
-        shape = self._parts.backbone.shape
-        full = Structure.full(shape)
-        scores = self._guide(0) if self._static is not None else self._store.fleet_scores()
-        if ratio <= 0.0 or scores is None:
-            return full
-        return select(scores, full, shape, ratio, self._parts.config.prune.selection)
-
     # -- checkpoint -------------------------------------------------------------------------------------------------
 
     def state(self) -> State:
@@ -296,6 +307,8 @@ class LoraLearner:
             arrays[f"A.{name}"], arrays[f"B.{name}"] = a.cpu().numpy(), b.cpu().numpy()
         for name, tensor in self._adapter.head.items():
             arrays[f"head.{name}"] = tensor.cpu().numpy()
+        for name, tensor in self._adapter.merged.items():
+            arrays[f"merged.{name}"] = tensor.cpu().numpy()
         arrays["common_heads"], arrays["common_channels"] = self._common.head_mask, self._common.channel_mask
         arrays.update(self._store.state())
         return arrays
@@ -309,6 +322,11 @@ class LoraLearner:
                 for name in self._adapter.factors
             },
             {name: _tensor(state[f"head.{name}"], device) for name in self._adapter.head},
+            {
+                name: _tensor(state[f"merged.{name}"], device)
+                for name in self._adapter.factors
+                if f"merged.{name}" in state
+            },
         )
         if self._parts.engine.plan is not None and "chunk_clients" in state:
             self._parts.engine.plan.limit = int(state["chunk_clients"][0])
