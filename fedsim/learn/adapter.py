@@ -6,7 +6,7 @@ The update of a Linear is ``dW = c B A`` with ``c = alpha / r`` the same at ever
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from fedsim.errors import ConfigError
 from fedsim.learn.backbone import Backbone
 from fedsim.learn.linears import PrunableLinear, Targets, kept_columns, kept_rows, prunable_linears, target_linears
+from fedsim.learn.lowrank import truncated_svd_dense
 from fedsim.learn.slicing import take
 from fedsim.rng import Stream, generator
 from fedsim.structure import ModelShape, Structure
@@ -27,14 +28,19 @@ class Adapter:
     """LoRA factors by the Linear's name (see `fedsim.learn.linears`) and the trained head by parameter name.
 
     A *global* adapter has the full widths; a client's has the widths of its structure. Tensors are detached, fp32.
+
+    Attributes:
+        merged: what earlier rounds merged into the frozen weights, c included, ``(d_out, d_in)`` at full width by the
+            Linear's name; empty where nothing is ever merged (all rules but ``stack``).
     """
 
     factors: Mapping[str, Factors]
     head: Mapping[str, torch.Tensor]
+    merged: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
-        """LoRA rank, the same for every Linear."""
+        """LoRA rank, the same for every Linear; 0 where the factors hold nothing (all is in `merged`)."""
         first, _ = next(iter(self.factors.values()))
         return int(first.shape[0])
 
@@ -68,12 +74,12 @@ def restrict(
 
     Args:
         adapter: at full widths.
-        rank: >= 1.
+        rank: >= 1, or 0 where the adapter's is 0.
         key: (seed, client, round) of the new rows' random stream; needed only where `rank` exceeds the adapter's.
     Raises:
-        ValueError: a rank below 1, or a key is needed and missing.
+        ValueError: a rank out of range, or a key is needed and missing.
     """
-    if rank < 1:
+    if rank < min(1, adapter.rank):
         raise ValueError(f"LoRA rank {rank} is below 1")
     factors: dict[str, Factors] = {}
     for linear in prunable_linears(shape):
@@ -85,7 +91,31 @@ def restrict(
             b = torch.cat([b, b.new_zeros(b.shape[0], rank - b.shape[1])], dim=1)
         rows, columns = kept_rows(linear, structure, shape), kept_columns(linear, structure, shape)
         factors[linear.name] = (take(a[:rank], 1, columns), take(b[:, :rank], 0, rows))
-    return Adapter(factors, dict(adapter.head))
+    return Adapter(factors, dict(adapter.head), adapter.merged)
+
+
+def folded(adapter: Adapter, alpha_over_rank: float) -> Adapter:
+    """A global adapter that does alone what `adapter` and its merged updates do; itself where nothing was merged.
+
+    Exact, not truncated: its rank is that of the largest update, the width of a layer at most.
+    """
+    if not adapter.merged:
+        return adapter
+    factors: dict[str, Factors] = {}
+    for name, (a, b) in adapter.factors.items():
+        update = b @ a + adapter.merged[name] / alpha_over_rank
+        left, right = truncated_svd_dense(update, min(update.shape))
+        factors[name] = right, left
+    # Components come in descending order, and those that are not there are zero.
+    rank = max(1, *(int(left.any(dim=0).sum()) for _, left in factors.values()))
+    filled = {name: (_with_rows(a, rank), _with_rows(b.T, rank).T.contiguous()) for name, (a, b) in factors.items()}
+    return Adapter(filled, dict(adapter.head))
+
+
+def _with_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first `rows` rows, with rows of zeros where there are fewer."""
+    missing = max(0, rows - matrix.shape[0])
+    return torch.cat([matrix[:rows], matrix.new_zeros(missing, matrix.shape[1])]).contiguous()
 
 
 def extra_rows(rows: int, shape: ModelShape, linear: PrunableLinear, key: tuple[int, int, int] | None) -> torch.Tensor:

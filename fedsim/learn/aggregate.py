@@ -22,56 +22,37 @@ in the mean, but after the truncation only as far as `rank_max` components carry
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import COLUMN_PRUNED, Chunk, Coverage, concatenate, coverage_of, groups_lost, sides
-from fedsim.learn.linears import PrunableLinear, prunable_linears
+from fedsim.learn.coverage import COLUMN_PRUNED, Coverage, concatenate, sides
+from fedsim.learn.linears import prunable_linears
 from fedsim.learn.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
+from fedsim.learn.merging import Contribution, Rule, client_weights, covered, factors_of, mean_head
+from fedsim.learn.rules_padded import hetlora, zero_pad
+from fedsim.learn.rules_stack import stack
 from fedsim.settings import AggregateSettings
-from fedsim.structure import ModelShape, Structure
+from fedsim.structure import ModelShape
 
-_HEAD_ELEMENTS = 1 << 22
-"""Room for heads side by side: 16 MB."""
-
-
-@dataclass(frozen=True, eq=False)
-class Contribution:
-    """One client's share in a merge.
-
-    Attributes:
-        adapter: factors with the widths of `structure`, any rank; the head.
-        structure: the groups that the client keeps now.
-        samples: its training samples, >= 1.
-        importance: its LoRA importance, mean ``|B * grad B|``, >= 0, in any unit common to the round.
-    """
-
-    adapter: Adapter
-    structure: Structure
-    samples: int
-    importance: float
-
-
-class Rule(Protocol):
-    """A way to merge; arguments and result as in `merge`, contributions never empty and checked."""
-
-    def __call__(
-        self,
-        previous: Adapter,
-        contributions: Sequence[Contribution],
-        shape: ModelShape,
-        rank_max: int,
-        alpha_over_rank: float,
-        settings: AggregateSettings,
-    ) -> Adapter: ...
+__all__ = [
+    "RULES",
+    "Contribution",
+    "Rule",
+    "average_factors",
+    "client_weights",
+    "find_rule",
+    "flexlora",
+    "hetlora",
+    "lowrank",
+    "merge",
+    "stack",
+    "zero_pad",
+]
 
 
 def merge(
@@ -105,22 +86,6 @@ def merge(
         return rule(previous, contributions, shape, rank_max, alpha_over_rank, settings)
 
 
-def client_weights(contributions: Sequence[Contribution], importance_weight: float) -> NDArray[np.float64]:
-    """Weights ``w_i`` proportional to ``n_i (1 + importance_weight h_i)``, summing to one, shape (P,).
-
-    ``h_i`` is the importance over the largest of the round (0 where all are 0). With `importance_weight` 0 the
-    weights are the samples' and importance is not looked at.
-    """
-    weights = np.array([c.samples for c in contributions], dtype=np.float64)
-    if importance_weight > 0.0:
-        importance = np.array([c.importance for c in contributions], dtype=np.float64)
-        if not np.all(np.isfinite(importance) & (importance >= 0.0)):
-            raise ValueError("importance of a contribution must be finite and not negative")
-        largest = importance.max()
-        weights *= 1.0 + importance_weight * (importance / largest if largest > 0.0 else importance)
-    return weights / weights.sum()
-
-
 def lowrank(
     previous: Adapter,
     contributions: Sequence[Contribution],
@@ -135,17 +100,50 @@ def lowrank(
     beyond the mean's own rank have zero columns of ``B`` and keep the previous adapter's rows of ``A``: the product is
     the mean's, and a device that gets them can train them (with both zero they would never get a gradient).
     """
+    return _by_update(previous, contributions, shape, rank_max, settings, lambda coverage: coverage)
+
+
+def flexlora(
+    previous: Adapter,
+    contributions: Sequence[Contribution],
+    shape: ModelShape,
+    rank_max: int,
+    alpha_over_rank: float,
+    settings: AggregateSettings,
+) -> Adapter:
+    """Weighted mean of the updates ``dW_i``, truncated to `rank_max` (FlexLoRA, arXiv 2402.11505).
+
+    It knows nothing of pruning: a feature that a client lost counts as an update of zero, with its full weight. Where
+    nobody is pruned it is `lowrank`.
+    """
+    return _by_update(previous, contributions, shape, rank_max, settings, _unaware)
+
+
+def _unaware(coverage: Coverage) -> Coverage:
+    """The same clients, as if each had kept every feature and sent zeros for what it lost."""
+    return replace(coverage, reciprocal=torch.ones_like(coverage.reciprocal), held=None)
+
+
+def _by_update(
+    previous: Adapter,
+    contributions: Sequence[Contribution],
+    shape: ModelShape,
+    rank_max: int,
+    settings: AggregateSettings,
+    seen: Callable[[Coverage], Coverage],
+) -> Adapter:
+    """`lowrank` under the coverage that `seen` makes of the true one."""
     weights = client_weights(contributions, settings.importance_weight)
     factors: dict[str, Factors] = {}
-    for linear, coverage in _covered(previous, contributions, weights, shape):
+    for linear, coverage in covered(previous, contributions, weights, shape):
         transposed = linear.role in COLUMN_PRUNED
-        pruned, whole = _mean_update(linear.name, transposed, previous, contributions, coverage, rank_max)
+        pruned, whole = _mean_update(linear.name, transposed, previous, contributions, seen(coverage), rank_max)
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
         a, b, old_a = a.contiguous(), b.contiguous(), previous.factors[linear.name][0]
         end = min(rank_max, old_a.shape[0])
         a[:end] = torch.where(b[:, :end].any(dim=0).unsqueeze(1), a[:end], old_a[:end])
         factors[linear.name] = (a, b)
-    return Adapter(factors, _mean_head(previous, contributions, weights))
+    return Adapter(factors, mean_head(previous, contributions, weights))
 
 
 def average_factors(
@@ -172,13 +170,13 @@ def average_factors(
         )
     weights = client_weights(contributions, settings.importance_weight)
     factors: dict[str, Factors] = {}
-    for linear, coverage in _covered(previous, contributions, weights, shape):
+    for linear, coverage in covered(previous, contributions, weights, shape):
         transposed = linear.role in COLUMN_PRUNED
         old_pruned, old_whole = sides(previous.factors[linear.name], transposed)
         (rank,), (features, other) = ranks, (old_pruned.shape[0], old_whole.shape[1])
         pruned, whole = old_pruned.new_zeros((features, rank)), old_whole.new_zeros((rank, other))
         for chunk in coverage.chunks:
-            left, right = concatenate(chunk, _factors(chunk, contributions, linear.name), transposed, pruned.device)
+            left, right = concatenate(chunk, factors_of(chunk, contributions, linear.name), transposed, pruned.device)
             pruned += (left.view(features, -1, rank) * chunk.weights.unsqueeze(1)).sum(dim=1)
             whole += right.view(-1, rank, other).sum(dim=0)
         pruned *= coverage.reciprocal
@@ -191,10 +189,17 @@ def average_factors(
             pruned[coverage.held] = old_pruned[coverage.held]
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
         factors[linear.name] = (a.contiguous(), b.contiguous())
-    return Adapter(factors, _mean_head(previous, contributions, weights))
+    return Adapter(factors, mean_head(previous, contributions, weights))
 
 
-RULES: dict[str, Rule] = {"lowrank": lowrank, "average_factors": average_factors}
+RULES: dict[str, Rule] = {
+    "lowrank": lowrank,
+    "average_factors": average_factors,
+    "zero_pad": zero_pad,
+    "hetlora": hetlora,
+    "flexlora": flexlora,
+    "stack": stack,
+}
 """Aggregation rules by the name in ``aggregate.rule``. Register a rule of your own by adding an entry."""
 
 
@@ -236,7 +241,7 @@ def _mean_update(
     features, other, held = old_pruned.shape[0], old_whole.shape[1], coverage.held
     rank_sum = sum(chunk.rank * len(chunk.clients) for chunk in coverage.chunks)
     parts = (
-        concatenate(chunk, _factors(chunk, contributions, name), transposed, old_pruned.device)
+        concatenate(chunk, factors_of(chunk, contributions, name), transposed, old_pruned.device)
         for chunk in coverage.chunks
     )
 
@@ -256,45 +261,6 @@ def _mean_update(
     if held is not None:
         mean[held] = old_pruned[held] @ old_whole
     return truncated_svd_dense(mean, rank_max)
-
-
-def _factors(chunk: Chunk, contributions: Sequence[Contribution], name: str) -> list[Factors]:
-    return [contributions[client].adapter.factors[name] for client in chunk.clients]
-
-
-def _covered(
-    previous: Adapter, contributions: Sequence[Contribution], weights: NDArray[np.float64], shape: ModelShape
-) -> Iterator[tuple[PrunableLinear, Coverage]]:
-    """The adapter's Linears in block order, each with its coverage (computed once for those that share it)."""
-    structures = [contribution.structure for contribution in contributions]
-    ranks = np.array([contribution.adapter.rank for contribution in contributions])
-    shared: dict[tuple[bool, int], Coverage] = {}
-    layer = -1
-    for linear in prunable_linears(shape):
-        if linear.name not in previous.factors:
-            continue
-        if linear.layer != layer:
-            shared, layer = {}, linear.layer
-        key = groups_lost(linear, shape)
-        if key not in shared:
-            device = previous.factors[linear.name][0].device
-            shared[key] = coverage_of(linear, structures, ranks, weights, shape, device)
-        yield linear, shared[key]
-
-
-def _mean_head(
-    previous: Adapter, contributions: Sequence[Contribution], weights: NDArray[np.float64]
-) -> Mapping[str, torch.Tensor]:
-    """Weighted mean of every head parameter: never pruned, so one weight for all entries."""
-    mean: dict[str, torch.Tensor] = {}
-    shares = torch.from_numpy(weights.astype(np.float32))
-    for name, old in previous.head.items():
-        total, step = torch.zeros_like(old), max(1, _HEAD_ELEMENTS // old.numel())
-        for start in range(0, len(contributions), step):
-            stacked = torch.stack([c.adapter.head[name] for c in contributions[start : start + step]]).to(old.device)
-            total += torch.tensordot(shares[start : start + step].to(old.device), stacked, dims=1)
-        mean[name] = total
-    return mean
 
 
 def _check(previous: Adapter, contributions: Sequence[Contribution], shape: ModelShape) -> None:

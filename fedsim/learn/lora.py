@@ -62,6 +62,7 @@ class LoraModel:
         self.targets = target_linears(backbone.shape, targets)
         self.alpha_over_rank = alpha_over_rank
         self._structure = Structure.full(backbone.shape)
+        self._merged: Mapping[str, torch.Tensor] = {}
         if any(hasattr(module, "lora_A") for module in backbone.encoder.modules()):
             raise ValueError("this backbone carries LoRA already; one LoraModel serves all clients")
         apply_structure(backbone, self._structure)
@@ -83,14 +84,14 @@ class LoraModel:
         return self._structure
 
     def load(self, structure: Structure, adapter: Adapter) -> None:
-        """Take a client's structure, factors (any rank) and head; the adapter's tensors are copied.
+        """Take a client's structure, factors (any rank), head and merged updates; the adapter's tensors are copied.
 
         Raises:
             ValueError: factors missing, or not of the structure's widths.
         """
         self._check(structure, adapter)
-        apply_structure(self.backbone, structure)
-        self._structure = structure
+        apply_structure(self.backbone, structure, adapter.merged)
+        self._structure, self._merged = structure, adapter.merged
         for linear in self.targets:
             a, b = adapter.factors[linear.name]
             self._set_factor(linear.name, "lora_A", self._fresh(a))
@@ -134,7 +135,7 @@ class LoraModel:
         old = self._structure
         if (structure.head_mask & ~old.head_mask).any() or (structure.channel_mask & ~old.channel_mask).any():
             raise ValueError("pruning cannot bring a group back; load the grown structure instead")
-        apply_structure(self.backbone, structure)
+        apply_structure(self.backbone, structure, self._merged)
         self._structure = structure
         replaced: dict[nn.Parameter, Replacement] = {}
         for linear in self.targets:

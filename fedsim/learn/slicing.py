@@ -7,6 +7,8 @@ groups needs no other change. The unpruned weights stay in memory once, as refer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -34,11 +36,27 @@ def take(tensor: torch.Tensor, axis: int, indices: NDArray[np.int64] | None) -> 
     return tensor.index_select(axis, torch.from_numpy(indices).to(tensor.device))
 
 
-def sliced_weights(backbone: Backbone, linear: PrunableLinear, structure: Structure) -> FullWeights:
-    """Frozen weight and bias of one Linear at the widths of `structure`; the originals where it keeps everything."""
+def with_merged(weight: torch.Tensor, update: torch.Tensor | None) -> torch.Tensor:
+    """A frozen weight with what was merged into it, added in fp32 at least; the weight itself where that is None."""
+    if update is None:
+        return weight
+    wide = torch.promote_types(weight.dtype, update.dtype)
+    return (weight.detach().to(wide) + update.to(weight.device)).to(weight.dtype)
+
+
+def sliced_weights(
+    backbone: Backbone, linear: PrunableLinear, structure: Structure, update: torch.Tensor | None = None
+) -> FullWeights:
+    """Frozen weight and bias of one Linear at the widths of `structure`; the originals where it keeps everything.
+
+    Args:
+        update: what was merged into the weight, at full width.
+    """
     rows = kept_rows(linear, structure, backbone.shape)
     columns = kept_columns(linear, structure, backbone.shape)
     weight, bias = backbone.full_weights[linear.name]
+    if update is not None:
+        weight = nn.Parameter(with_merged(weight, update), requires_grad=False)
     if rows is None and columns is None:
         return weight, bias
     small = nn.Parameter(take(take(weight.detach(), 0, rows), 1, columns), requires_grad=False)
@@ -47,11 +65,11 @@ def sliced_weights(backbone: Backbone, linear: PrunableLinear, structure: Struct
     return small, nn.Parameter(take(bias.detach(), 0, rows), requires_grad=False)
 
 
-def apply_structure(backbone: Backbone, structure: Structure) -> None:
-    """Give the backbone in memory the widths of `structure`, whatever it had before.
+def apply_structure(backbone: Backbone, structure: Structure, merged: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Give the backbone in memory the widths of `structure`, and `merged` updates, whatever it had before.
 
-    `Structure.full` restores the very tensors that were loaded. LoRA around a Linear, if any, is not touched:
-    `fedsim.learn.lora.LoraModel` keeps both in step.
+    Without these, `Structure.full` restores the very tensors that were loaded. LoRA around a Linear, if any, is not
+    touched: `fedsim.learn.lora.LoraModel` keeps both in step.
 
     Raises:
         ValueError: `structure` does not fit the model, or leaves a layer without a group.
@@ -59,6 +77,6 @@ def apply_structure(backbone: Backbone, structure: Structure) -> None:
     check_structure(backbone, structure)
     for linear in prunable_linears(backbone.shape):
         module = backbone.linears[linear.name]
-        module.weight, bias = sliced_weights(backbone, linear, structure)
+        module.weight, bias = sliced_weights(backbone, linear, structure, (merged or {}).get(linear.name))
         module.bias = bias  # type: ignore[assignment]  # None where the architecture has no biases
         module.out_features, module.in_features = module.weight.shape

@@ -18,7 +18,7 @@ from fedsim.learn.backbone import Backbone
 from fedsim.learn.cohort.axes import COLUMN_PRUNED, HEAD_ROLES, Widths
 from fedsim.learn.cohort.kernels import Frozen, StackedFactors
 from fedsim.learn.linears import PrunableLinear, group_width, prunable_linears
-from fedsim.learn.slicing import check_structure
+from fedsim.learn.slicing import check_structure, with_merged
 from fedsim.structure import Structure
 
 
@@ -73,6 +73,9 @@ class CohortStack:
         if set(adapter.factors) != {linear.name for linear in base.targets}:
             raise ValueError(f"adapter has factors for {len(adapter.factors)} linears, not for {len(base.targets)}")
         self.base = base
+        self._full = {
+            name: (with_merged(weight, adapter.merged.get(name)), bias) for name, (weight, bias) in base.frozen.items()
+        }
         self.structures = tuple(member.structure for member in members)
         self.members = tuple(members)
         self.ranks = np.array([member.rank for member in members])
@@ -199,7 +202,7 @@ class CohortStack:
         self._frozen: dict[str, Frozen] = {}
         self._masks: dict[str, torch.Tensor] = {}
         for linear in prunable_linears(self.base.backbone.shape):
-            weight, bias = self.base.frozen[linear.name]
+            weight, bias = self._full[linear.name]
             axis = self.widths.features(linear)
             if linear.role in COLUMN_PRUNED:
                 self._frozen[linear.name] = axis.of_shared(weight, 1), bias
