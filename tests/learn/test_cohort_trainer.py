@@ -17,8 +17,9 @@ from fedsim.learn.train import Job
 from fedsim.structure import Structure
 
 TIGHT = {"relative": 1e-10, "absolute": 1e-12}
-SINGLE = {"relative": 1e-3, "absolute": 2e-5}
-"""float32: AdamW divides a gradient by its own size, so that rounding of one near zero shows in the weight."""
+SINGLE = {"relative": 1e-3, "absolute": 2e-4}
+"""float32, at a rate of 1e-2: AdamW divides a gradient by its own size, so that rounding of one near zero shows in the
+weight (2e-5 was measured)."""
 RANKS = (1, 2, 4, 6, 3, 4)
 """One above the global adapter's 4."""
 FORMS = pytest.mark.parametrize("sliced", [False, True], ids=["masked", "sliced"])

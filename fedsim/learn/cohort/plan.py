@@ -65,17 +65,24 @@ class ChunkPlan:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self._shrink(len(chunk), error)
+                if len(chunk) == 1:
+                    raise _too_large(error) from error
             else:
                 start += len(chunk)
+                continue
+            # Not before the error is gone: its traceback holds what the chunk has taken.
+            self._shrink(len(chunk))
 
-    def _shrink(self, clients: int, error: BaseException) -> None:
-        if clients == 1:
-            raise ResourceError(
-                f"one client alone does not fit into memory ({str(error).splitlines()[0]}): take a smaller "
-                "train.batch_size, train.max_length or model"
-            ) from error
+    def _shrink(self, clients: int) -> None:
         self.limit = clients // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         _LOG.warning("out of memory with %d clients at once: from here on at most %d", clients, self.limit)
+
+
+def _too_large(error: BaseException) -> ResourceError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ResourceError(
+        f"one client alone does not fit into memory ({reason}): take a smaller train.batch_size, train.max_length or "
+        "model"
+    )
