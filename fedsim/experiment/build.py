@@ -83,9 +83,9 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     labels = len(corpus.label_names) if corpus else 2
     shape = load_shape(config.model.name, labels)
     clock_shape = load_shape(config.cost.model, labels) if config.cost.model else shape
-    participants = _participants(config, fleet.clients)
+    participants = participants_per_round(config, fleet.clients)
     _check_shape(config, method, shape)
-    ask = _build_ask(config, method, shape, clock_shape)
+    ask = build_ask(config, method, shape, clock_shape)
 
     facts = _facts(config, fleet, clock_shape)
     labels_of_learning: list[str] = []
@@ -154,7 +154,8 @@ def _with_test_sample(corpus: Corpus, config: Config) -> Corpus:
     return replace(corpus, test=corpus.test.take(np.sort(rows)))
 
 
-def _participants(config: Config, clients: int) -> int:
+def participants_per_round(config: Config, clients: int) -> int:
+    """Clients a round waits for. Raises ConfigError where the fleet has fewer."""
     asked = config.server.clients_per_round
     if asked == "all":
         return clients
@@ -202,7 +203,8 @@ def _reachable(shape: ModelShape, ratio: ArrayLike) -> NDArray[np.bool_]:
     return reachable
 
 
-def _build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape) -> ShapeAsk:
+def build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape) -> ShapeAsk:
+    """What each arm of a run asks, on the clock's workload."""
     cost, train = config.cost, config.train
     step = StepSetting(
         batch_size=cost.batch_size or train.batch_size,

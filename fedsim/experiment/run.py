@@ -134,7 +134,7 @@ def _same_inputs(directory: RunDirectory, experiment: Experiment) -> None:
 def _prepare(config: Config, quiet: bool, profile_draw: int | None, done: int) -> tuple[Experiment, Progress]:
     mark = " [surrogate]" if config.train.engine == "surrogate" else ""
     progress = Progress(f"{config.method} seed {config.seed}{mark}", config.server.rounds, done, quiet)
-    return build(config, progress.say, _perturbation(config.seed, profile_draw)), progress
+    return build(config, progress.say, perturbation(config.seed, profile_draw)), progress
 
 
 def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: int | None) -> None:
@@ -247,7 +247,7 @@ def _git_state() -> dict[str, object] | None:
         return None
 
 
-def _perturbation(seed: int, draw: int | None) -> Callable[[DeviceProfile], DeviceProfile] | None:
+def perturbation(seed: int, draw: int | None) -> Callable[[DeviceProfile], DeviceProfile] | None:
     """Each profile drawn once per draw, by its name, whatever the fleet's order."""
     if draw is None:
         return None
