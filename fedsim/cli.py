@@ -1,6 +1,7 @@
 """The command line. Parsing loads nothing heavy; each command imports what it needs.
 
-Exit codes: 0 done, 2 something the user can mend (one sentence on standard error), 130 interrupted.
+Exit codes: 0 done, 1 cells of a sweep failed, 2 something the user can mend (one sentence on standard error), 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -69,6 +70,42 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.set_defaults(action=_run)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a grid of experiments, several at a time",
+        description="Run every combination of the grid's values and seeds. The same command goes on after a stop: "
+        "finished cells are kept, unfinished ones go on from their last checkpoint. Exit code 1 where cells failed.",
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="YAML file or preset; a sweep file may hold grid and seeds")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, set in every cell")
+    sweep.add_argument(
+        "--grid", action="append", default=[], metavar="key=v1,v2", help="values of one key; again for another key"
+    )
+    sweep.add_argument("--seeds", metavar="0-4", help="a range, or a list 0,2,5 (default: the configuration's seed)")
+    sweep.add_argument("--out", metavar="DIR", type=Path, help="the sweep's folder (default: runs/NAME)")
+    where = sweep.add_mutually_exclusive_group()
+    where.add_argument("--workers", metavar="N", type=int, help="cells at a time (default: the number of cores)")
+    where.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="run the cells on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; without ADDRESS on one of this "
+        "computer's own",
+    )
+    sweep.add_argument("--tiny", action="store_true", help="the small scale of tiny.yaml beside CONFIG")
+    sweep.add_argument("--rerun-failed", action="store_true", help="run cells again that failed before")
+    sweep.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file (or module) that registers methods, policies or criteria of your own",
+    )
+    sweep.add_argument("--quiet", action="store_true", help="no table and no progress")
+    sweep.set_defaults(action=_sweep)
 
     compare = commands.add_parser("compare", help="table and figures of finished runs")
     compare.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="runs, or folders of runs")
@@ -166,12 +203,39 @@ def _run(arguments: argparse.Namespace) -> None:
         print(result.summary())
 
 
+def _sweep(arguments: argparse.Namespace) -> int:
+    from fedsim.experiment.config import parse_overrides
+    from fedsim.experiment.sweep import sweep
+    from fedsim.experiment.sweep_grid import parse_grid
+
+    try:
+        result = sweep(
+            arguments.config,
+            grid=parse_grid(arguments.grid),
+            seeds=arguments.seeds,
+            out=arguments.out,
+            workers=arguments.workers,
+            ray=arguments.ray,
+            tiny=arguments.tiny,
+            rerun_failed=arguments.rerun_failed,
+            imports=arguments.imports,
+            overrides=parse_overrides(arguments.overrides),
+            quiet=arguments.quiet,
+        )
+    except KeyboardInterrupt:
+        print("fedsim: interrupted; the same command goes on with the sweep", file=sys.stderr)
+        return 130
+    print(result.summary())
+    return 1 if result.failed else 0
+
+
 def _compare(arguments: argparse.Namespace) -> None:
     from fedsim.experiment.compare import compare
     from fedsim.experiment.results import find_runs
+    from fedsim.experiment.sweep_notes import sweep_notes
 
     runs = find_runs(arguments.directories)
-    comparison = compare(runs, arguments.target_accuracy, arguments.baseline)
+    comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))
     print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
     if arguments.out is not None:
         from fedsim.plots import write_figures

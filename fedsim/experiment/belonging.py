@@ -1,12 +1,12 @@
 """Whether runs may stand in one table: what must agree, what is worth a warning, and which are repeats of which.
 
-Times are comparable only on the same fleet and the same clock, accuracies only on the same data; those are refused.
-Other differences are told, and left to the reader.
+Times are comparable only on the same fleet and the same clock, accuracies only on the same data: others are refused.
+Other differences are told, and left to the reader. Unfinished runs are told and left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,27 @@ def repeat_of(run: Run) -> Repeat:
     return run.seed, -1 if draw is None else int(draw)
 
 
+def finished_only(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """The finished runs, and a warning for each other one: what is left of it would change from day to day.
+
+    Raises:
+        RunError: no run, or none that is finished.
+    """
+    if not runs:
+        raise RunError("nothing to compare: no run given")
+    done = [run for run in runs if run.finished]
+    open_ones = [f"'{run.path}'" for run in runs if not run.finished]
+    if not done:
+        which = f"{open_ones[0]} is" if len(open_ones) == 1 else f"all {len(open_ones)} are"
+        raise RunError(f"nothing to compare: {which} unfinished (go on with fedsim run --resume)")
+    return done, [f"{path} is unfinished and is left out" for path in open_ones]
+
+
 def check_together(runs: Sequence[Run]) -> list[str]:
     """Refuse runs that cannot be compared, and return warnings on the others.
+
+    Runs of one seed must hold the same samples. Where the seed draws them (the built-in language, a held-out fifth, a
+    choice of samples), runs of different seeds need only come from the same source.
 
     Raises:
         RunError: no run, runs of different data, fleets or clocks, or surrogate runs beside others.
@@ -73,14 +92,9 @@ def check_together(runs: Sequence[Run]) -> list[str]:
                 "one comparison with measured ones; compare them separately"
             )
     for what, of in (("data", _data), ("fleet", _fleet), ("clock (cost model)", _clock)):
-        first = of(runs[0])
-        for run in runs[1:]:
-            if of(run) != first:
-                raise RunError(
-                    f"runs '{runs[0].path}' and '{run.path}' do not belong in one comparison: their {what} differs "
-                    f"({_difference(first, of(run))}); compare them separately"
-                )
-    warnings = [f"'{run.path}' is unfinished: its numbers are those up to now" for run in runs if not run.finished]
+        _refuse_different(runs, what, of)
+    _refuse_different_splits(runs)
+    warnings = []
     if len({(run.manifest.get("model") or {}).get("sha256") for run in runs}) > 1:
         warnings.append("the runs start from different model weights")
     if len({str((run.manifest.get("versions") or {}).get("fedsim")) for run in runs}) > 1:
@@ -121,10 +135,55 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     return groups, warnings
 
 
+def _refuse_different(runs: Sequence[Run], what: str, of: Callable[[Run], dict[str, Any]]) -> None:
+    """Refuse runs that are not of one kind, and say how they fall apart (a sweep over fleets, say)."""
+    kinds: list[tuple[dict[str, Any], list[Run]]] = []
+    for run in runs:
+        own = of(run)
+        for kind, members in kinds:
+            if kind == own:
+                members.append(run)
+                break
+        else:
+            kinds.append((own, [run]))
+    if len(kinds) == 1:
+        return
+    (first, ours), (second, others) = kinds[:2]
+    parts = ", ".join(f"{len(members)} such as '{members[0].path}'" for _, members in kinds)
+    raise RunError(
+        f"runs '{ours[0].path}' and '{others[0].path}' do not belong in one comparison: their {what} differs "
+        f"({_difference(first, second)}); compare them separately" + (f" (by {what}: {parts})" if len(runs) > 2 else "")
+    )
+
+
+def _refuse_different_splits(runs: Sequence[Run]) -> None:
+    """Refuse runs of one seed that hold other samples."""
+    first: dict[int, Run] = {}
+    for run in runs:
+        other = first.setdefault(run.seed, run)
+        ours, theirs = ((one.manifest.get("data") or {}).get("sha256") for one in (other, run))
+        if ours != theirs:
+            raise RunError(
+                f"runs '{other.path}' and '{run.path}' do not belong in one comparison: their data differs (sha256: "
+                f"{ours} and {theirs}); compare them separately"
+            )
+
+
 def _data(run: Run) -> dict[str, Any]:
+    """What runs of all seeds share. Equal content is equal data, wherever it lay."""
     data = run.manifest.get("data") or {}
-    # Equal content is equal data, wherever it lay.
-    return {"sha256": data["sha256"]} if data.get("sha256") else {"name": data.get("name")}
+    if data.get("sha256") and not _follows_seed(run):
+        return {"sha256": data["sha256"]}
+    return {key: data.get(key) for key in ("name", "label_names", "train", "test")}
+
+
+def _follows_seed(run: Run) -> bool:
+    """Whether the samples are drawn by the root seed: the built-in language, a held-out fifth, or a random choice."""
+    settings, evaluate = run.config.get("data"), run.config.get("evaluate") or {}
+    if run.is_surrogate or not isinstance(settings, Mapping):
+        return False
+    drawn = settings.get("test_path") is None or settings.get("max_samples") is not None
+    return drawn or evaluate.get("max_samples") is not None
 
 
 def _fleet(run: Run) -> dict[str, Any]:

@@ -5,7 +5,11 @@ Seeds of one method and configuration form one row. Choices [ours], where the li
 * *Time to target* is `end_s` of the first evaluated round whose accuracy is at or above the target. Without a given
   target it is the highest accuracy that every finished run reaches.
 * *Speedup* is the baseline's time over the method's, paired by seed, averaged geometrically; the interval resamples
-  the seeds (percentile bootstrap) and is given from three pairs on.
+  the seeds (`fedsim.experiment.bootstrap`) and is given from three pairs on. A pair in which either run missed the
+  target has no ratio: such pairs are counted and said, never filled in. What is left is then the mean of the pairs that
+  went well, and the table says of how many.
+* *Accuracy gain* is the method's final accuracy less the baseline's, paired and resampled in the same way.
+* Unfinished runs are named and left out.
 * *Sparsity* is the fleet mean of the pruning ratio achieved at the end, with its range over devices: the manifest's
   where the run is finished (it includes the final cut, and clients that were never sampled), else each client's last
   record.
@@ -23,8 +27,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.errors import ConfigError, RunError, unknown
-from fedsim.experiment.belonging import Group, Repeat, check_together, clock_text, group_runs, labels
+from fedsim.errors import ConfigError, unknown
+from fedsim.experiment.belonging import Group, Repeat, check_together, clock_text, finished_only, group_runs, labels
+from fedsim.experiment.bootstrap import mean_interval, ratio_interval
 from fedsim.experiment.comparison_text import comparison_text
 from fedsim.experiment.results import Run
 
@@ -33,8 +38,6 @@ UNPRUNED = 0.005
 """Below this fleet-mean sparsity a method is a reference, not a rival."""
 SAME_SPARSITY = 0.02
 """Methods whose sparsities follow each other within this distance form one group."""
-RESAMPLES = 10_000
-INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,25 +91,28 @@ class Comparison:
         return comparison_text(self)
 
 
-def compare(runs: Sequence[Run], target_accuracy: float | None = None, baseline: str | None = None) -> Comparison:
+def compare(
+    runs: Sequence[Run],
+    target_accuracy: float | None = None,
+    baseline: str | None = None,
+    notes: Sequence[str] = (),
+) -> Comparison:
     """Compare runs.
 
     Args:
-        runs: finished or unfinished ones (marked).
-        target_accuracy: in (0, 1]; default: the highest accuracy that every finished run reaches.
+        runs: unfinished ones are left out, with a warning.
+        target_accuracy: in (0, 1]; default: the highest accuracy that every run reaches.
         baseline: a method or a row's label; default: fedlora, else fedspine_uniform, else the slowest in total.
+        notes: further warnings, such as `fedsim.experiment.sweep_notes.sweep_notes`.
     Raises:
-        RunError: the runs do not belong together (other data, fleet or clock), or hold no rounds.
+        RunError: the runs do not belong together (other data, fleet or clock), or none is finished.
         ConfigError: the target is no fraction, or no run has the baseline method.
     """
     if target_accuracy is not None and not 0.0 < target_accuracy <= 1.0:
         raise ConfigError(f"--target-accuracy: value {target_accuracy:g} is not allowed (above 0, at most 1)")
-    warnings = check_together(runs)
-    begun = [run for run in runs if len(run.rounds)]
-    warnings += [f"'{run.path}' has no closed round yet and is left out" for run in runs if not len(run.rounds)]
-    if not begun:
-        raise RunError("nothing to compare: no run has a closed round yet")
-    groups, more = group_runs(begun)
+    done, warnings = finished_only(runs)
+    warnings += check_together(done)
+    groups, more = group_runs(done)
     base = _baseline(groups, baseline)
     target = _default_target(groups) if target_accuracy is None else target_accuracy
     fastest = _fastest_class(base)
@@ -134,10 +140,10 @@ def compare(runs: Sequence[Run], target_accuracy: float | None = None, baseline:
         baseline=base.label,
         speedup_of=speedup_of,
         fastest_class=fastest,
-        clock=clock_text(begun),
-        labels=labels(begun),
-        warnings=tuple(warnings + more),
-        is_surrogate=begun[0].is_surrogate,
+        clock=clock_text(done),
+        labels=labels(done),
+        warnings=(*notes, *warnings, *more),
+        is_surrogate=done[0].is_surrogate,
     )
 
 
@@ -145,27 +151,6 @@ def time_to_target(rounds: pd.DataFrame, target: float) -> float:
     """`end_s` of the first evaluated round at or above the target accuracy; NaN when none is."""
     reached = rounds.loc[rounds["accuracy"] >= target, "end_s"]
     return float(reached.iloc[0]) if len(reached) else math.nan
-
-
-def speedup(ratios: Sequence[float], seeds: Sequence[int]) -> tuple[float, float, float]:
-    """Geometric mean of paired ratios and its 95% bootstrap interval over the pairs.
-
-    Args:
-        ratios: baseline's time over the method's, one per pair.
-        seeds: the pairs' root seeds, which seed the resampling.
-    Returns:
-        ``(mean, low, high)``; low and high are NaN below three pairs, all are NaN without any.
-    """
-    if not ratios:
-        return math.nan, math.nan, math.nan
-    logs = np.log(np.asarray(ratios, dtype=np.float64))
-    mean = float(np.exp(logs.mean()))
-    if len(logs) < 3:
-        return mean, math.nan, math.nan
-    generator = np.random.default_rng(np.random.SeedSequence(list(seeds)))
-    means = logs[generator.integers(0, len(logs), size=(RESAMPLES, len(logs)))].mean(axis=1)
-    low, high = np.exp(np.percentile(means, INTERVAL))
-    return mean, float(low), float(high)
 
 
 def final_sparsity(run: Run) -> tuple[float, float, float]:
@@ -198,7 +183,6 @@ def _facts(run: Run, target: float | None, fastest: str | None) -> dict[str, Any
     mean, low, high = final_sparsity(run)
     with_clients = fastest is not None and run.has("client_rounds")
     return {
-        "finished": run.finished,
         "rounds": len(rounds),
         "time_to_target_s": math.nan if target is None else time_to_target(rounds, target),
         "accuracy_final": float(tested.iloc[-1]) if len(tested) else math.nan,
@@ -212,6 +196,7 @@ def _facts(run: Run, target: float | None, fastest: str | None) -> dict[str, Any
         "idle_fastest_fraction": idle_of_class(run.client_rounds, str(fastest)) if with_clients else math.nan,
         "traffic_bytes": float(rounds["bytes_down"].sum() + rounds["bytes_up"].sum()),
         "energy_j": float(rounds["energy_j"].sum()),
+        "host_s": float(run.manifest.get("host_s", math.nan)),
     }
 
 
@@ -226,6 +211,7 @@ _AVERAGED = (
     "idle_fastest_fraction",
     "traffic_bytes",
     "energy_j",
+    "host_s",
 )
 
 
@@ -233,26 +219,33 @@ def _row(
     group: Group, own: dict[Repeat, dict[str, Any]], base: dict[Repeat, dict[str, Any]], speedup_of: str
 ) -> dict[str, Any]:
     table = pd.DataFrame(list(own.values()))
+    common = [repeat for repeat in sorted(own) if repeat in base]
     pairs = [
         (repeat[0], base[repeat][speedup_of] / own[repeat][speedup_of])
-        for repeat in sorted(own)
-        if repeat in base and own[repeat][speedup_of] > 0 and base[repeat][speedup_of] > 0
+        for repeat in common
+        if own[repeat][speedup_of] > 0 and base[repeat][speedup_of] > 0
     ]
-    mean, low, high = speedup([ratio for _, ratio in pairs], [seed for seed, _ in pairs])
+    gains = [(repeat[0], own[repeat]["accuracy_final"] - base[repeat]["accuracy_final"]) for repeat in common]
+    gains = [(seed, gain) for seed, gain in gains if not math.isnan(gain)]
+    ratio = ratio_interval([ratio for _, ratio in pairs], [seed for seed, _ in pairs])
+    gain = mean_interval([gain for _, gain in gains], [seed for seed, _ in gains])
     return {
         "method": group.label,
         "seeds": sorted({repeat[0] for repeat in own}),
         "runs": len(own),
-        "unfinished": int((~table["finished"]).sum()),
         "reached": int(table["time_to_target_s"].notna().sum()),
         **{name: float(table[name].mean()) for name in _AVERAGED},
         "accuracy_final_sd": float(table["accuracy_final"].std(ddof=1)) if len(own) > 1 else math.nan,
+        "accuracy_gain": gain.mean,
+        "accuracy_gain_low": gain.low,
+        "accuracy_gain_high": gain.high,
         "sparsity_low": float(table["sparsity_low"].min()),
         "sparsity_high": float(table["sparsity_high"].max()),
-        "speedup": mean,
-        "speedup_low": low,
-        "speedup_high": high,
+        "speedup": ratio.mean,
+        "speedup_low": ratio.low,
+        "speedup_high": ratio.high,
         "speedup_pairs": len(pairs),
+        "speedup_pairs_missed": len(common) - len(pairs),
     }
 
 
@@ -287,10 +280,8 @@ def _baseline(groups: Sequence[Group], asked: str | None) -> Group:
 
 
 def _default_target(groups: Sequence[Group]) -> float | None:
-    """The highest accuracy that every finished run reaches (every run, where none is finished)."""
-    runs = [run for group in groups for run in group.runs.values()]
-    counted = [run for run in runs if run.finished] or runs
-    best = [run.rounds["accuracy"].max() for run in counted]
+    """The highest accuracy that every run reaches."""
+    best = [run.rounds["accuracy"].max() for group in groups for run in group.runs.values()]
     tested = [float(one) for one in best if not math.isnan(one)]
     return min(tested) if tested else None
 

@@ -61,14 +61,18 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
     cells = []
     for _, row in rows.iterrows():
         cell = [
-            row["method"] + (" *" if row["unfinished"] else ""),
+            row["method"],
             str(row["runs"]),
             _sparsity(row),
             _number(row["accuracy_final"], ".3f") + _plus_minus(row["accuracy_final_sd"]),
         ]
         if timed:
             cell.append(_time(row))
-        cell += [_speedup(row, comparison), _seconds(row["simulated_s"]), _number(row["idle_fraction"], ".1%")]
+        cell += [
+            speedup_text(row, comparison.baseline),
+            _seconds(row["simulated_s"]),
+            _number(row["idle_fraction"], ".1%"),
+        ]
         if comparison.fastest_class is not None:
             cell.append(_number(row["idle_fastest_fraction"], ".1%"))
         cell.append(_number(row["traffic_bytes"] / byte_scale, ".2f"))
@@ -83,23 +87,22 @@ def _notes(comparison: Comparison) -> list[str]:
         lines.append("No accuracy was evaluated: speedups are of total simulated time.")
     elif comparison.target_is_default:
         lines.append(
-            f"Target accuracy {comparison.target_accuracy:.4f}: the highest that every finished run reaches "
+            f"Target accuracy {comparison.target_accuracy:.4f}: the highest that every run reaches "
             "(--target-accuracy sets another); its time is that of the first crossing."
         )
     else:
         lines.append(
             f"Target accuracy {comparison.target_accuracy:g}, as asked; its time is that of the first crossing."
         )
+    lines += reached_text(comparison)
     lines.append(
-        f"Speedup over {comparison.baseline}, paired by seed, geometric mean; 95% bootstrap interval over seeds from "
-        "three pairs on."
+        f"Speedup over {comparison.baseline}, paired by seed, geometric mean; 95% bootstrap interval over seeds; fewer "
+        "than three pairs have no interval."
     )
     if comparison.fastest_class is not None:
         lines.append(
             f"Fastest class: {comparison.fastest_class} (least compute time in the runs of {comparison.baseline})."
         )
-    if comparison.rows["unfinished"].any():
-        lines.append("* not all runs are finished: numbers up to now.")
     lines += [f"Warning: {warning}." for warning in comparison.warnings]
     lines.append(comparison.clock)
     return lines
@@ -139,12 +142,32 @@ def _time(row: Any) -> str:
     return f"{seconds_text(row['time_to_target_s'])}{partly}"
 
 
-def _speedup(row: Any, comparison: Comparison) -> str:
-    if row["method"] == comparison.baseline:
+def speedup_text(row: Any, baseline: str) -> str:
+    """A row's speedup with its interval, or that there is none; "-" without any pair."""
+    if row["method"] == baseline:
         return "baseline"
     if math.isnan(row["speedup"]):
         return "-"
     text = f"{row['speedup']:.2f}x"
-    if not math.isnan(row["speedup_low"]):
+    if math.isnan(row["speedup_low"]):
+        text += " [no interval]"
+    else:
         text += f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-    return text
+    missed = int(row["speedup_pairs_missed"])
+    return f"{text} ({row['speedup_pairs']} of {row['speedup_pairs'] + missed})" if missed else text
+
+
+def reached_text(comparison: Comparison) -> list[str]:
+    """Which methods missed the target, and how often; what that does to their times and speedups."""
+    rows = comparison.rows
+    if comparison.target_accuracy is None or (rows["reached"] == rows["runs"]).all():
+        return []
+    if not rows["reached"].any():
+        best = rows["accuracy_best"].max()
+        return [f"No run reached {comparison.target_accuracy:g}: the best accuracy of all is {best:.4f}."]
+    missed = ", ".join(
+        f"{row['method']} ({row['runs'] - row['reached']} of {row['runs']} runs)"
+        for _, row in rows.iterrows()
+        if row["reached"] < row["runs"]
+    )
+    return [f"Not reached by {missed}: times and speedups are over those that reached it; nothing is filled in."]

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from made_up import config_of, write_run
 
 from fedsim.errors import ConfigError, RunError
-from fedsim.experiment.compare import compare, final_sparsity, idle_of_class, speedup, time_to_target
+from fedsim.experiment.bootstrap import mean_interval, ratio_interval
+from fedsim.experiment.compare import compare, final_sparsity, idle_of_class, time_to_target
 from fedsim.experiment.results import Run, load
+from fedsim.experiment.sweep_notes import sweep_notes
 
 FINISHED = {
     "status": "finished",
@@ -105,7 +107,7 @@ def test_by_hand():
     assert comparison.warnings == ()
 
 
-def test_the_default_target_is_what_every_finished_run_reaches():
+def test_the_default_target_is_what_every_run_reaches_and_unfinished_ones_are_named_and_left_out():
     runs = [
         hand_run("fedlora", 0, [10, 20], [0.7, 0.9]),
         hand_run("fedspine", 0, [10, 20], [0.85, 0.8]),
@@ -115,12 +117,18 @@ def test_the_default_target_is_what_every_finished_run_reaches():
     assert comparison.target_accuracy == 0.85
     assert comparison.target_is_default
     text = comparison.as_text()
-    assert "Target accuracy 0.8500: the highest that every finished run reaches" in text
-    # The unfinished one is in, and marked: it has not reached the target in one of two runs.
-    assert "fedspine *" in text
-    assert "10 (1 of 2)" in text
-    assert "'fedspine-1' is unfinished" in text
-    assert row_of(comparison, "fedspine")["speedup_pairs"] == 1
+    assert "Target accuracy 0.8500: the highest that every run reaches" in text
+    assert row_of(comparison, "fedspine")["runs"] == 1
+    assert comparison.warnings == ("'fedspine-1' is unfinished and is left out",)
+    assert "Warning: 'fedspine-1' is unfinished and is left out." in text
+
+
+def test_only_unfinished_runs_are_nothing_to_compare():
+    half = {"status": "stopped"}
+    with pytest.raises(RunError, match=r"nothing to compare: 'fedlora-0' is unfinished \(go on with"):
+        compare([hand_run("fedlora", 0, [10], [0.9], manifest=half)])
+    with pytest.raises(RunError, match="nothing to compare: all 2 are unfinished"):
+        compare([hand_run("fedlora", seed, [10], [0.9], manifest=half) for seed in (0, 1)])
 
 
 def test_not_reached_is_said_plainly():
@@ -135,6 +143,36 @@ def test_not_reached_is_said_plainly():
     as_json = {row["method"]: row for row in comparison.as_dict()["rows"]}
     assert as_json["fedspine"]["time_to_target_s"] is None
     assert as_json["fedspine"]["speedup"] is None
+
+
+def test_missed_targets_are_counted_and_never_filled_in():
+    """One of three seeds misses: the mean is over the other two, there is no interval, and the cell says so."""
+    runs = [hand_run("fedlora", seed, [40], [0.9]) for seed in range(3)]
+    runs += [hand_run("fedspine", seed, [20], [0.9 if seed else 0.5]) for seed in range(3)]
+    comparison = compare(runs, 0.8)
+    row = row_of(comparison, "fedspine")
+    assert (row["reached"], row["runs"], row["speedup_pairs"], row["speedup_pairs_missed"]) == (2, 3, 2, 1)
+    assert row["speedup"] == pytest.approx(2.0)
+    assert math.isnan(row["speedup_low"])
+    text = comparison.as_text()
+    assert "2.00x [no interval] (2 of 3)" in text
+    assert "Not reached by fedspine (1 of 3 runs)" in text
+    assert "No run reached 0.99: the best accuracy of all is 0.9000." in compare(runs, 0.99).as_text()
+
+
+def test_the_gain_in_accuracy_is_paired():
+    """Seeds differ by 0.2, the gain is 0.01, 0.02 and 0.03."""
+    runs = [hand_run("fedlora", seed, [40], [0.5 + 0.2 * seed]) for seed in range(3)]
+    runs += [hand_run("fedspine", seed, [20], [0.51 + 0.21 * seed]) for seed in range(3)]
+    row = row_of(compare(runs), "fedspine")
+    assert row["accuracy_gain"] == pytest.approx(0.02)
+    assert 0.01 <= row["accuracy_gain_low"] < 0.02 < row["accuracy_gain_high"] <= 0.03 + 1e-12
+    content = {one["method"]: one for one in compare(runs).as_dict()["rows"]}["fedspine"]
+    assert (content["speedup"], content["speedup_low"]) == pytest.approx((2.0, 2.0))
+
+
+def test_no_values_have_no_mean():
+    assert all(math.isnan(one) for one in mean_interval([], []))
 
 
 @pytest.mark.parametrize("target", [0.0, -0.1, 1.5, 81.0, math.nan])
@@ -181,16 +219,16 @@ def test_the_interval_against_all_resamples():
     """Oracle: percentiles of the mean over every one of the n^n equally likely resamples."""
     ratios = [1.1, 1.6, 2.4, 1.3]
     means = [np.exp(np.mean(pick)) for pick in itertools.product(np.log(ratios), repeat=4)]
-    mean, low, high = speedup(ratios, [0, 1, 2, 3])
+    mean, low, high = ratio_interval(ratios, [0, 1, 2, 3])
     assert mean == pytest.approx(float(np.prod(ratios)) ** 0.25)
     np.testing.assert_allclose([low, high], np.percentile(means, [2.5, 97.5]), rtol=0.02)
-    assert speedup(ratios, [0, 1, 2, 3]) == (mean, low, high)
+    assert ratio_interval(ratios, [0, 1, 2, 3]) == (mean, low, high)
 
 
 @given(st.lists(st.floats(0.01, 100), max_size=6))
 @settings(max_examples=30, deadline=None)
 def test_the_interval_is_there_from_three_pairs_on_and_holds_the_mean(ratios):
-    mean, low, high = speedup(ratios, list(range(len(ratios))))
+    mean, low, high = ratio_interval(ratios, list(range(len(ratios))))
     assert math.isnan(mean) == (not ratios)
     assert math.isnan(low) == (len(ratios) < 3)
     if len(ratios) >= 3:
@@ -229,6 +267,31 @@ def test_first_crossing_against_a_loop(accuracies, target):
 def test_runs_that_do_not_belong_together_are_refused(field, value, said):
     with pytest.raises(RunError, match=said):
         compare([hand_run("fedlora", 0, [10], [0.9]), hand_run("fedspine", 0, [10], [0.9], manifest={field: value})])
+
+
+def drawn(method, seed, sha256, **data):
+    """A run whose samples the seed draws."""
+    config = {"method": method, "data": {"path": "a.tsv", "test_path": None, "max_samples": None}}
+    return hand_run(
+        method, seed, [10], [0.9], manifest={"data": {"name": "a.tsv", "sha256": sha256, **data}}, config=config
+    )
+
+
+def test_where_the_seed_draws_the_samples_only_runs_of_one_seed_must_hold_the_same():
+    compare([drawn(method, seed, f"hash {seed}") for method in ("fedlora", "fedspine") for seed in (0, 1)])
+    with pytest.raises(RunError, match=r"data differs \(sha256: hash 0 and hash 1\)"):
+        compare([drawn("fedlora", 0, "hash 0"), drawn("fedspine", 0, "hash 1")])
+    with pytest.raises(RunError, match=r"data differs \(test: 100 and 200\)"):
+        compare([drawn("fedlora", 0, "hash 0", test=100), drawn("fedspine", 1, "hash 1", test=200)])
+
+
+def test_a_refusal_says_how_the_runs_fall_apart():
+    other = {"fleet": {"name": "three", "clients": 3}}
+    runs = [hand_run("fedlora", seed, [10], [0.9]) for seed in range(3)]
+    runs.append(hand_run("fedlora", 0, [10], [0.9], manifest=other))
+    runs[-1] = dataclasses.replace(runs[-1], path="elsewhere")
+    with pytest.raises(RunError, match=r"\(by fleet: 3 such as 'fedlora-0', 1 such as 'elsewhere'\)"):
+        compare(runs)
 
 
 def test_equal_data_under_another_path_belongs_together():
@@ -364,20 +427,17 @@ def test_nothing_to_compare():
         compare([])
 
 
-def test_from_disk_with_unfinished_and_unbegun_runs(tmp_path):
-    """Through the files: the JSON holds no NaN, an unbegun run is left out and named."""
+def test_from_disk_with_unfinished_runs(tmp_path):
+    """Through the files: the JSON holds no NaN, unfinished runs are named."""
     for method, stop in (("fedlora", None), ("fedspine_uniform", 7), ("fedspine", 0)):
         write_run(tmp_path / method, method, 1, rounds=9, clients=16, stop_before=stop)
     comparison = compare([load(tmp_path / method) for method in ("fedlora", "fedspine_uniform", "fedspine")])
     content = json.loads(json.dumps(comparison.as_dict(), allow_nan=False))
-    assert [row["method"] for row in content["rows"]] == ["fedlora", "fedspine_uniform"]
-    assert [row["unfinished"] for row in content["rows"]] == [0, 1]
-    assert [run["rounds"] for run in content["runs"]] == [9, 7]
-    assert any("fedspine' has no closed round yet and is left out" in warning for warning in content["warnings"])
+    assert [row["method"] for row in content["rows"]] == ["fedlora"]
+    assert [run["rounds"] for run in content["runs"]] == [9]
+    assert sum("is unfinished and is left out" in warning for warning in content["warnings"]) == 2
     assert content["fastest_class"] == "jetson-agx-xavier"
     assert compare([load(tmp_path / "fedlora")]).rows["speedup"].tolist() == [1.0]
-    with pytest.raises(RunError, match="no run has a closed round"):
-        compare([load(tmp_path / "fedspine")])
 
 
 def test_runs_without_client_records_do_without_the_fastest_class(tmp_path):
@@ -386,3 +446,19 @@ def test_runs_without_client_records_do_without_the_fastest_class(tmp_path):
     comparison = compare([load(tmp_path / "run")])
     assert comparison.fastest_class is None
     assert "fastest" not in comparison.as_text().lower()
+
+
+def test_a_sweep_says_which_cells_are_missing(tmp_path):
+    cells = [{"state": "finished", "label": "a", "error": None}]
+    cells += [{"state": "failed", "label": f"cell {index}", "error": "ValueError: no\nmore"} for index in range(4)]
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": cells}))
+    (note,) = sweep_notes([tmp_path, tmp_path / "elsewhere"])
+    assert f"sweep '{tmp_path}' lacks 4 of 5 cells: cell 0 (failed, ValueError: no); cell 1" in note
+    assert note.endswith("and 1 more")
+    comparison = compare([hand_run("fedlora", 0, [10], [0.9])], notes=[note])
+    assert f"Warning: {note}." in comparison.as_text()
+    (tmp_path / "sweep.json").write_text(json.dumps({"cells": cells[:1]}))
+    assert sweep_notes([tmp_path]) == []
+    for damaged in ("{", "[]", '{"cells": [1]}'):
+        (tmp_path / "sweep.json").write_text(damaged)
+        assert "cannot be read" in sweep_notes([tmp_path])[0]

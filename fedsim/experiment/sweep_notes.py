@@ -1,0 +1,35 @@
+"""What the books of sweeps say of cells that left no finished run: a comparison without them must not look whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+BOOK = "sweep.json"
+SHOWN = 3
+"""Cells named one by one; the others are counted."""
+
+
+def sweep_notes(paths: Iterable[str | Path]) -> list[str]:
+    """One sentence for each folder that is a sweep with cells missing; nothing for any other folder."""
+    notes = []
+    for path in map(Path, paths):
+        try:
+            cells = json.loads((path / BOOK).read_text(encoding="utf-8"))["cells"]
+            missing = [cell for cell in cells if cell["state"] != "finished"]
+            said = [_cell_text(cell) for cell in missing[:SHOWN]]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError):
+            notes.append(f"'{path / BOOK}' cannot be read: cells without a run are not known")
+            continue
+        if missing:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            notes.append(f"sweep '{path}' lacks {len(missing)} of {len(cells)} cells: {'; '.join(said)}{more}")
+    return notes
+
+
+def _cell_text(cell: dict[str, object]) -> str:
+    error = f", {str(cell['error']).splitlines()[0]}" if cell.get("error") else ""
+    return f"{cell.get('label') or cell.get('directory') or '?'} ({cell['state']}{error})"
