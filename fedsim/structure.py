@@ -30,8 +30,9 @@ class ModelShape:
         architecture: ``bert``, ``roberta`` (encoder, two-matrix FFN) or ``llama`` (decoder, gated FFN).
         layers, hidden, heads, kv_heads, head_dim, ffn: block widths; ``kv_heads == heads`` but for grouped queries.
         vocab, positions: rows of the word and of the learned position embeddings (0 for rotary positions).
-        labels: outputs of the classifier.
+        labels: outputs of the classifier; 0: there is none, a frozen product with the vocabulary predicts tokens.
         pooler_width: hidden width of a trained dense layer in the classification head (RoBERTa), else 0.
+        tied: whether that product with the vocabulary reads the word embeddings instead of weights of its own.
     """
 
     name: str
@@ -46,6 +47,12 @@ class ModelShape:
     positions: int
     labels: int = 2
     pooler_width: int = 0
+    tied: bool = False
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the model predicts the next token, and so has no classification head."""
+        return self.labels == 0
 
     @property
     def gated(self) -> bool:
@@ -82,8 +89,21 @@ class ModelShape:
     @property
     def head_weights(self) -> int:
         """Trained weights and biases of the classification head: sent both ways, never pruned."""
+        if self.is_language_model:
+            return 0
         dense = self.pooler_width * (self.hidden + 1)
         return dense + self.labels * ((self.pooler_width or self.hidden) + 1)
+
+    @property
+    def output_weights(self) -> int:
+        """Frozen weights of a language model's product with its vocabulary (0 for classifiers)."""
+        return self.vocab * self.hidden if self.is_language_model else 0
+
+    @property
+    def all_weights(self) -> int:
+        """Blocks, embeddings, head or output, each weight once; norms and the blocks' biases apart."""
+        own_output = 0 if self.tied else self.output_weights
+        return self.prunable_weights + self.embedding_weights + self.head_weights + own_output
 
 
 def kept_counts(shape: ModelShape, ratio: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

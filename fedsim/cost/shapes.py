@@ -55,17 +55,27 @@ def built_in_shapes() -> tuple[str, ...]:
 
 
 def load_shape(name: str, labels: int = 2) -> ModelShape:
-    """The widths of a model.
+    """The widths of a model. The built-in LLaMA shapes have output weights of their own (untied), as published.
 
     Args:
         name: a built-in shape; ``tiny`` (the model that travels with the package); a local folder with a
             ``config.json`` of ``model_type`` bert, roberta or llama; or else a hub name.
-        labels: outputs of the classifier, >= 1.
+        labels: outputs of the classifier; 0: none, the model predicts tokens (LLaMA type only).
     Raises:
-        ModelError: no such model, or a configuration that is not one of the three types.
+        ModelError: no such model, a configuration that is not one of the three types, or an encoder asked for tokens.
     """
-    if labels < 1:
-        raise ModelError(f"labels is {labels}; it must be at least 1")
+    if labels < 0:
+        raise ModelError(f"labels is {labels}; it must be at least 0 (0: a language model)")
+    shape = _find_shape(name, labels)
+    if shape.is_language_model and shape.architecture != "llama":
+        raise ModelError(
+            f"model '{name}' is of type '{shape.architecture}', an encoder, and cannot predict the next token "
+            "(data.task causal_lm needs a decoder of LLaMA type)"
+        )
+    return shape
+
+
+def _find_shape(name: str, labels: int) -> ModelShape:
     if name in _BUILT_IN:
         return replace(_BUILT_IN[name], labels=labels)
     if name == "tiny":
@@ -137,4 +147,5 @@ def _shape_of(config: Mapping[str, Any], architecture: Architecture, name: str, 
         positions=0 if llama else width("max_position_embeddings"),
         labels=labels,
         pooler_width=hidden if architecture == "roberta" else 0,
+        tied=llama and bool(config.get("tie_word_embeddings", False)),
     )

@@ -12,7 +12,8 @@ Counting rules (1 multiply-accumulate = 2 operations; N = batch times sequence t
   embeddings are trained too). LoRA on some Linears only: counted through that whole layer all the same (upper bound).
 * Bytes: each Linear reads its weights and inputs and writes its outputs; norms, activations and attention scores pass
   through memory as the constants below say. Kernels count as unfused.
-* Causal models count full score matrices (no saving for the mask); a sequence classifier has no vocabulary output.
+* Causal models count full score matrices (no saving for the mask).
+* A language model (no classifier) multiplies every token by its vocabulary: see `fedsim.cost.vocabulary`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedsim.cost.vocabulary import logits, output_work, own_output_weights, saved_logit_bytes
 from fedsim.errors import ConfigError, unknown
 from fedsim.specs import FloatArray
 from fedsim.structure import ModelShape
@@ -242,9 +244,12 @@ def lora_weights(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> FloatArr
 
 
 def tuned_weights(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> FloatArray:
-    """Weights that full tuning trains, the classification head apart: kept blocks of the trained layers, embeddings."""
+    """Weights that full tuning trains, the classification head apart: kept blocks of the trained layers, embeddings.
+
+    With the embeddings goes a language model's output over its vocabulary, where that has weights of its own.
+    """
     blocks = block_weights(shape, kept.heads_trained, kept.channels_trained)
-    return blocks + (shape.embedding_weights if _embeddings_trained(shape, setting) else 0)
+    return blocks + (shape.embedding_weights + own_output_weights(shape) if _embeddings_trained(shape, setting) else 0)
 
 
 def _elementwise_values(
@@ -306,12 +311,15 @@ def work_of_sums(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: St
     linear_flops = 2.0 * tokens * weights_top
     score_flops = 4.0 * tokens * setting.seq_len * _query_width(shape)
     head_flops = 2.0 * setting.batch_size * shape.head_weights
-    flops = 2.0 * tokens * weights_all + score_flops * kept.heads_all + head_flops
+    # Backward goes through the frozen output once; full tuning of all layers trains it like the embeddings.
+    backward_products = 0 if not top else 2 if embeddings else 1
+    output_flops, output_bytes = output_work(shape, tokens, size, backward_products)
+    flops = 2.0 * tokens * weights_all + score_flops * kept.heads_all + head_flops + output_flops
     roles = linear_roles(shape)
     widths_all = _linear_widths(shape, roles, shape.layers, kept.heads_all, kept.channels_all)
     elementwise = _elementwise_values(shape, setting, shape.layers, kept.heads_all, kept.channels_all)
     # Embedding rows are read, added and normalised: 6 hidden-wide passes.
-    moved = size * (weights_all + tokens * (widths_all + 6.0 * shape.hidden) + elementwise)
+    moved = size * (weights_all + tokens * (widths_all + 6.0 * shape.hidden) + elementwise) + output_bytes
     launches = float(MODEL_LAUNCHES + shape.layers * FORWARD_LAUNCHES[shape.gated])
 
     if setting.tuning != "inference":
@@ -349,10 +357,11 @@ def memory_parts(
     """Memory of a step in bytes, framework apart: (weights and workspace, what `MEMORY_GROWTH` applies to)."""
     size = BYTES_PER_VALUE[setting.precision]
     weights = block_weights(shape, kept.heads_all, kept.channels_all)
-    settled = size * (weights + shape.embedding_weights + shape.head_weights + _small_weights(shape, kept))
+    frozen = shape.embedding_weights + own_output_weights(shape) + shape.head_weights
+    settled = size * (weights + frozen + _small_weights(shape, kept))
     settled = settled + size * setting.tokens * (2.0 * shape.ffn + shape.heads * setting.seq_len)
     if setting.tuning == "inference":
-        return settled, np.zeros_like(settled)
+        return settled + size * logits(shape, setting.tokens), np.zeros_like(settled)
     trained: FloatArray = np.asarray(float(shape.head_weights))
     if setting.tuning == "lora":
         adapter = lora_weights(shape, kept, rank)
@@ -362,8 +371,9 @@ def memory_parts(
         trained = trained + tuned_weights(shape, setting, kept)
         if size < TRAINED_BYTES:
             settled = settled + TRAINED_BYTES * trained  # fp32 masters of what is tuned
-    # Saved activations, gradients, two moments.
-    return settled, size * _saved_values(shape, setting, kept) + 3.0 * TRAINED_BYTES * trained
+    # Saved activations and logits, gradients, two moments.
+    saved = size * _saved_values(shape, setting, kept) + saved_logit_bytes(shape, setting.tokens, size)
+    return settled, saved + 3.0 * TRAINED_BYTES * trained
 
 
 def _small_weights(shape: ModelShape, kept: KeptSums) -> FloatArray:

@@ -1,4 +1,4 @@
-"""The labelled text of a run: built in, from files, or from the hub."""
+"""The labelled text, or the prompts and responses, of a run: built in, from files, or from the hub."""
 
 from __future__ import annotations
 
@@ -20,19 +20,32 @@ from fedsim.settings import DataSettings
 __all__ = ["Corpus", "LabelledText", "load_corpus"]
 
 Fault = Callable[[str, int], DataError]
+ONE_CATEGORY = "all"
+"""Category of every prompt where ``data.field`` names no column of categories."""
 _HELD_OUT_PARTS = 5
 """One row in this many is held out where there is no test file."""
 
 
+ONE_CATEGORY = "all"
+"""Name of the category of every prompt where ``data.field`` names no column of categories."""
+
+
 @dataclass(frozen=True)
 class _Rows:
-    """Checked strings of one file or split; `lines` says where each row stands in it."""
+    """Checked strings of one file or split.
+
+    Attributes:
+        lines: where each row stands in it.
+        labels: class names; responses where ``data.task`` is ``causal_lm``.
+        fault: the error of a line.
+    """
 
     lines: list[int]
     texts: list[str]
     pairs: list[str] | None
     labels: list[str]
     fields: list[str] | None
+    fault: Fault
 
 
 def _columns(settings: DataSettings, text: Column) -> dict[str, Column]:
@@ -57,19 +70,31 @@ def _name(value: object, key: str, line: int, fault: Fault) -> str:
     return value.strip()
 
 
-def _collect(rows: Iterator[tuple[int, list[object]]], keys: Mapping[str, Column], fault: Fault) -> _Rows:
-    found = _Rows([], [], [] if "pair" in keys else None, [], [] if "field" in keys else None)
+def _collect(
+    rows: Iterator[tuple[int, list[object]]], keys: Mapping[str, Column], settings: DataSettings, fault: Fault
+) -> _Rows:
+    found = _Rows([], [], [] if "pair" in keys else None, [], [] if "field" in keys else None, fault)
     order = list(keys)
     for line, values in rows:
         row = dict(zip(order, values, strict=True))
         found.lines.append(line)
         found.texts.append(_string(row["text"], "text", line, fault))
-        found.labels.append(_name(row["label"], "label", line, fault))
+        if settings.task == "causal_lm":
+            found.labels.append(_string(row["label"], "label", line, fault))
+        else:
+            found.labels.append(_name(row["label"], "label", line, fault))
         if found.pairs is not None:
-            found.pairs.append(_string(row["pair"], "pair", line, fault))
+            found.pairs.append(_pair(row["pair"], settings, line, fault))
         if found.fields is not None:
             found.fields.append(_name(row["field"], "field", line, fault))
     return found
+
+
+def _pair(value: object, settings: DataSettings, line: int, fault: Fault) -> str:
+    """A second sentence; or a prompt's context, which may be missing."""
+    if settings.task == "causal_lm" and (value is None or (isinstance(value, str) and not value.strip())):
+        return ""
+    return _string(value, "pair", line, fault)
 
 
 def _label_names(labels: list[str], where: str) -> tuple[str, ...]:
@@ -83,17 +108,32 @@ def _label_names(labels: list[str], where: str) -> tuple[str, ...]:
         return tuple(sorted(distinct))
 
 
-def _labelled(rows: _Rows, label_names: tuple[str, ...], fault: Fault) -> LabelledText:
+def _labelled(rows: _Rows, label_names: tuple[str, ...]) -> LabelledText:
     index = {name: position for position, name in enumerate(label_names)}
     for line, label in zip(rows.lines, rows.labels, strict=True):
         if label not in index:
             shown = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
-            raise fault(f"data.label '{label}' never occurs in the training data (labels there: {shown})", line)
+            raise rows.fault(f"data.label '{label}' never occurs in the training data (labels there: {shown})", line)
+    return _text(rows, [index[label] for label in rows.labels], None)
+
+
+def _answered(rows: _Rows, categories: tuple[str, ...]) -> LabelledText:
+    """Prompts with their responses; the labels are their categories."""
+    index = {name: position for position, name in enumerate(categories)}
+    return _text(rows, [index[name] for name in _categories(rows)], tuple(rows.labels))
+
+
+def _categories(rows: _Rows) -> list[str]:
+    return [ONE_CATEGORY] * len(rows.texts) if rows.fields is None else rows.fields
+
+
+def _text(rows: _Rows, labels: list[int], responses: tuple[str, ...] | None) -> LabelledText:
     return LabelledText(
         texts=tuple(rows.texts),
         pairs=None if rows.pairs is None else tuple(rows.pairs),
-        labels=np.array([index[label] for label in rows.labels], dtype=np.int64),
+        labels=np.array(labels, dtype=np.int64),
         fields=None if rows.fields is None else tuple(rows.fields),
+        responses=responses,
     )
 
 
@@ -119,57 +159,70 @@ def _capped(train: LabelledText, settings: DataSettings, seed: int) -> LabelledT
     return train.take(np.sort(chosen))
 
 
-def _assemble(train: LabelledText, test: LabelledText | None, names: tuple[str, ...], where: str, seed: int) -> Corpus:
-    if test is None:
-        train_rows, test_rows = _hold_out(train.labels, seed, where)
-        train, test = train.take(train_rows), train.take(test_rows)
-    return Corpus(train, test, names)
+def _assemble(rows: _Rows, test_rows: _Rows | None, settings: DataSettings, where: str, seed: int) -> Corpus:
+    if settings.task == "causal_lm":
+        names = tuple(sorted({*_categories(rows), *(_categories(test_rows) if test_rows else ())}))
+        made = _answered
+    else:
+        names = _label_names(rows.labels, where)
+        made = _labelled
+    train = made(rows, names)
+    if test_rows is not None:
+        return Corpus(train, made(test_rows, names), names)
+    kept, held = _hold_out(train.labels, seed, where)
+    return Corpus(train.take(kept), train.take(held), names)
 
 
-def _from_file(field: str, path: str, text: Column, settings: DataSettings) -> tuple[_Rows, Fault]:
+def _from_file(field: str, path: str, text: Column, settings: DataSettings) -> _Rows:
     source = Source(field, Path(path).expanduser(), settings.header, settings.quoting)
     keys = _columns(settings, text)
-
-    def fault(what: str, line: int) -> DataError:
-        return source.fault(what, line)
-
-    rows = _collect(read_columns(source, keys), keys, fault)
+    rows = _collect(read_columns(source, keys), keys, settings, source.fault)
     if not rows.texts:
         raise source.fault("no rows below the header; at least one is needed")
-    return rows, fault
+    return rows
 
 
 def _file_corpus(settings: DataSettings, path: str, seed: int) -> Corpus:
-    rows, fault = _from_file("data.path", path, settings.text, settings)
-    where = f"data.path '{path}'"
-    names = _label_names(rows.labels, where)
-    test = None
+    rows, test_rows = _from_file("data.path", path, settings.text, settings), None
     if settings.test_path is not None:
-        text = settings.text if settings.test_text is None else settings.test_text
-        test_rows, test_fault = _from_file("data.test_path", settings.test_path, text, settings)
-        test = _labelled(test_rows, names, test_fault)
-    return _assemble(_labelled(rows, names, fault), test, names, where, seed)
+        test_rows = _from_file("data.test_path", settings.test_path, _test_text(settings), settings)
+    return _assemble(rows, test_rows, settings, f"data.path '{path}'", seed)
 
 
 def _hub_corpus(settings: DataSettings, name: str, seed: int) -> Corpus:
     splits = hub.load_splits(name)
 
-    def read(split: object, text: Column) -> tuple[_Rows, Fault]:
+    def read(split: object, text: Column) -> _Rows:
         def fault(what: str, line: int) -> DataError:
             return DataError(f"data.name '{name}', row {line}: {what}")
 
         keys = _columns(settings, text)
-        return _collect(hub.rows_of(name, split, keys), keys, fault), fault
+        return _collect(hub.rows_of(name, split, keys), keys, settings, fault)
 
-    rows, fault = read(splits["train"], settings.text)
-    where = f"data.name '{name}'"
-    names = _label_names(rows.labels, where)
-    split, test = hub.test_split(splits, settings.label), None
+    rows, test_rows = read(splits["train"], settings.text), None
+    split = hub.test_split(splits, settings.label)
     if split is not None:
-        text = settings.text if settings.test_text is None else settings.test_text
-        test_rows, test_fault = read(split, text)
-        test = _labelled(test_rows, names, test_fault)
-    return _assemble(_labelled(rows, names, fault), test, names, where, seed)
+        test_rows = read(split, _test_text(settings))
+    return _assemble(rows, test_rows, settings, f"data.name '{name}'", seed)
+
+
+def _test_text(settings: DataSettings) -> Column:
+    return settings.text if settings.test_text is None else settings.test_text
+
+
+def _check_responses(settings: DataSettings) -> None:
+    """Refuse settings that no prompts and responses can come from."""
+    if settings.path is None and settings.name in (None, "synthetic"):
+        raise DataError(
+            "data.task 'causal_lm' needs data.path (or a hub name): the built-in text 'synthetic' has no responses"
+        )
+    columns = {"data.text": settings.text, "data.pair": settings.pair, "data.label": settings.label}
+    for key in ("data.text", "data.pair"):
+        if columns[key] == settings.label:
+            raise DataError(
+                f"{key} and data.label are both {settings.label!r}, but data.task 'causal_lm' needs prompts "
+                "(data.text, data.pair) and responses (data.label) from columns of their own"
+            )
 
 
 def load_corpus(settings: DataSettings, seed: int) -> Corpus:
@@ -179,15 +232,19 @@ def load_corpus(settings: DataSettings, seed: int) -> Corpus:
     is given) or a hub name. Without a test file (or a public test split) a seeded fifth of each label's rows
     is held out. ``max_samples`` keeps that many training rows, chosen by the seed, in their order in the file.
 
+    With ``data.task: causal_lm`` the column ``text`` holds prompts, ``pair`` (if given) further prompt text that may be
+    empty, and ``label`` the responses; ``field`` gives the categories that stand in for labels when data is held out or
+    split by ``dirichlet`` (without it there is one category, and ``dirichlet`` makes clients unequal in size alone).
+
     Raises:
         DataError: one sentence that names the key, the file and line, and what is allowed.
     """
-    if settings.task == "causal_lm":
-        raise DataError("data.task 'causal_lm' is not built yet (allowed: classification)")
     if settings.name is not None and settings.path is not None:
         raise DataError(f"data.name '{settings.name}' and data.path '{settings.path}' are both given: keep one of them")
     if settings.test_path is not None and settings.path is None:
         raise DataError(f"data.test_path '{settings.test_path}' needs data.path beside it")
+    if settings.task == "causal_lm":
+        _check_responses(settings)
     if settings.path is not None:
         corpus = _file_corpus(settings, settings.path, seed)
     elif settings.name in (None, "synthetic"):

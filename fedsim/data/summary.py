@@ -22,10 +22,13 @@ def _feed_text(digest: hashlib._Hash, part: LabelledText) -> None:
     for strings in (part.texts, part.pairs, part.fields):
         _feed(digest, strings)
     digest.update(np.ascontiguousarray(part.labels, dtype="<i8").tobytes())
+    if part.responses is not None:  # only then, so that a classification corpus keeps the hash it always had
+        digest.update(b"responses;")
+        _feed(digest, part.responses)
 
 
 def corpus_hash(corpus: Corpus) -> str:
-    """SHA-256 (64 hexadecimal digits) over texts, pairs, fields, labels and label names, order included."""
+    """SHA-256 (64 hexadecimal digits) over texts, pairs, fields, labels, responses and label names, order included."""
     digest = hashlib.sha256()
     _feed_text(digest, corpus.train)
     _feed_text(digest, corpus.test)
