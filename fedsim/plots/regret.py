@@ -1,0 +1,210 @@
+"""Two figures about controllers: seconds lost against the oracle, and the arms of every device over time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsim.errors import RunError
+from fedsim.experiment.belonging import Group, check_together, clock_text, group_runs
+from fedsim.experiment.regret import Regret, regret
+from fedsim.experiment.results import Run
+from fedsim.experiment.rundir import writing
+from fedsim.plots import frames
+from fedsim.plots.figures import PANELS, SURROGATE
+from fedsim.plots.style import canvas, caption, save, styles
+
+_ARM_COLUMNS = [
+    "round",
+    "client",
+    "device",
+    "prune_ratio_target",
+    "lora_rank",
+    "oracle_ratio",
+    "oracle_rank",
+    "expected_s",
+    "regret_s",
+]
+
+
+def write_regret_figures(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Draw ``cumulative_regret`` (all runs) and ``arms_over_time`` (each method's first run), each with its CSV.
+
+    Runs that recorded no clients are left out. Beside the CSV of the figures stands ``regret_summary.csv``, a row per
+    run: total, relative, warm-up, cold start and settled regret.
+
+    Args:
+        runs: runs that belong together (same data, fleet and clock).
+        out: folder, made if needed.
+    Returns:
+        The files written.
+    Raises:
+        RunError: runs that do not belong together or of which none recorded its clients; or `out` cannot be written.
+    """
+    check_together(runs)
+    begun = [run for run in runs if run.has("client_rounds") and len(run.rounds)]
+    if not begun:
+        raise RunError("no regret to draw: none of the runs has recorded a round of its clients")
+    groups = _named_shortly(group_runs(begun)[0])
+    known = {run.path: regret(run) for group in groups for run in group.runs.values()}
+    text = clock_text(begun)
+    unfinished = sum(not run.finished for run in begun)
+    if unfinished:
+        text += f" {unfinished} of {len(begun)} runs unfinished."
+    mark = SURROGATE if any(run.is_surrogate for run in begun) else None
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        table = summary(groups, known)
+        table.to_csv(out / "regret_summary.csv", index=False, lineterminator="\n")
+    return [
+        out / "regret_summary.csv",
+        *_draw_cumulative(groups, known, text, mark, out),
+        *_draw_arms(groups, known, text, mark, out),
+    ]
+
+
+def summary(groups: Sequence[Group], known: dict[Path, Regret]) -> pd.DataFrame:
+    """A row per run: ``method seed profile_draw`` and its regret in simulated seconds."""
+    rows = []
+    for group in groups:
+        for (seed, draw), run in group.runs.items():
+            own = known[run.path]
+            rows.append(
+                {
+                    "method": group.label,
+                    "seed": seed,
+                    "profile_draw": draw,
+                    "total_s": own.total_s,
+                    "relative": own.relative,
+                    "warmup_s": own.warmup_s,
+                    "cold_start_s": own.cold_start_s,
+                    "cold_start_rounds": own.cold_start_rounds,
+                    "settled_s_per_round": own.settled_s_per_round,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _named_shortly(groups: Sequence[Group]) -> list[Group]:
+    """Groups by method, or by policy where that alone tells them apart; a policy brings other keys of its own."""
+    policies = [str(next(iter(group.runs.values())).config["control"]["policy"]) for group in groups]
+    if len({group.method for group in groups}) == len(groups):
+        return [replace(group, label=group.method) for group in groups]
+    if len({group.method for group in groups}) == 1 and len(set(policies)) == len(groups):
+        return [replace(group, label=policy) for group, policy in zip(groups, policies, strict=True)]
+    return list(groups)
+
+
+def _draw_cumulative(
+    groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, out: Path
+) -> list[Path]:
+    tables = []
+    for group in groups:
+        for (seed, draw), run in group.runs.items():
+            own = known[run.path].rounds
+            tables.append(
+                pd.DataFrame({"method": group.label, "seed": seed, "profile_draw": draw}, own.index).join(own)
+            )
+    frame = pd.concat(tables, ignore_index=True)
+    looks = styles([group.label for group in groups])
+    with canvas(7.2, 4.2) as figure:
+        axes = figure.add_subplot()
+        several = False
+        for group in groups:
+            own, look = frame[frame["method"] == group.label], looks[group.label]
+            line = {"color": look["color"], "linestyle": look["linestyle"]}
+            repeats = own.groupby(["seed", "profile_draw"])
+            if len(repeats) > 1:
+                several = True
+                for _, one in repeats:
+                    axes.plot(one["round"], one["cumulative_regret_s"], color=look["color"], linewidth=0.7, alpha=0.4)
+            mean = own.groupby("round")["cumulative_regret_s"].mean()
+            axes.plot(mean.index, mean, label=group.label, **line)
+        first = next(iter(known.values()))
+        if first.cold_start_rounds:
+            cold = first.cold_start_first_round, first.cold_start_first_round + first.cold_start_rounds
+            axes.axvspan(*cold, color="#EEEEEE", zorder=0, label="cold start")
+        axes.set_xlabel("round")
+        axes.set_ylabel("simulated seconds lost against the oracle")
+        axes.set_xlim(left=0)
+        axes.legend(ncols=min(3, len(groups) + 1), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        seeds = "Bold: mean over seeds; thin: each seed. " if several else ""
+        caption(figure, f"Expected times, jitter left out; the oracle at each run's own mean ratio. {seeds}{text}")
+        return save(figure, frame, out, "cumulative_regret", mark)
+
+
+def _draw_arms(
+    groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, out: Path
+) -> list[Path]:
+    firsts = [(group, *next(iter(group.runs.items()))) for group in groups]
+    classes = frames.class_order(frames.first_client_rounds(groups))
+    tables = []
+    for group, (seed, _), run in firsts:
+        own = known[run.path].arms[_ARM_COLUMNS]
+        tables.append(pd.DataFrame({"method": group.label, "seed": seed}, own.index).join(own))
+    frame = pd.concat(tables, ignore_index=True)
+    columns = min(len(groups), PANELS)
+    blocks = -(-len(groups) // columns)
+    ranks = sorted(int(rank) for rank in frame["lora_rank"].unique())
+    quantities: tuple[tuple[str, str, float | list[int]], ...] = (
+        ("prune_ratio_target", "pruning ratio asked", max(0.01, float(frame["prune_ratio_target"].max()))),
+        ("lora_rank", "LoRA rank", ranks),
+    )
+    with canvas(max(4.5, 2.3 * columns + 1.2), 4.2 * blocks + 0.5) as figure:
+        grid = figure.subplots(2 * blocks, columns, sharex=True, squeeze=False)
+        for kind, (name, title, levels) in enumerate(quantities):
+            for row, first in zip(grid[kind::2], range(0, len(groups), columns), strict=True):
+                image: Any = None
+                for axes, place in zip(row, range(first, first + columns), strict=True):
+                    if place >= len(groups):
+                        axes.set_visible(False)
+                        continue
+                    own = frame[frame["method"] == groups[place].label]
+                    image = _draw_map(axes, own, name, classes, levels, name_classes=place == first)
+                    if kind == 0:
+                        axes.set_title(groups[place].label)
+                    elif place + columns >= len(groups):
+                        axes.tick_params(labelbottom=True)
+                        axes.set_xlabel("round")
+                bar = figure.colorbar(image, ax=list(row), label=title)
+                if isinstance(levels, list):
+                    bar.set_ticks([float(step) for step in range(len(levels))], labels=[f"{rank}" for rank in levels])
+        seeds = ", ".join(dict.fromkeys(f"{seed}" for _, (seed, _), _ in firsts))
+        caption(
+            figure,
+            f"One line per device, slowest class on top; blank: not taking part. First seed of each: {seeds}. {text}",
+        )
+        return save(figure, frame, out, "arms_over_time", mark)
+
+
+def _draw_map(
+    axes: Any, own: pd.DataFrame, name: str, classes: Sequence[str], levels: float | Sequence[int], name_classes: bool
+) -> Any:
+    """Devices by rounds, one quantity as colour: from 0 to `levels`, or one step of colour for each of `levels`."""
+    from matplotlib import colormaps
+
+    table = own.pivot(index="client", columns="round", values=name)
+    table = table.reindex(columns=range(int(own["round"].max()) + 1))
+    device = own.groupby("client")["device"].first()
+    order = sorted(table.index, key=lambda client: (classes.index(device[client]), client))
+    values = table.loc[order].to_numpy(dtype=np.float64)
+    if isinstance(levels, float):
+        look = {"cmap": colormaps["viridis"], "vmin": 0.0, "vmax": levels}
+    else:
+        values = np.where(np.isnan(values), np.nan, np.searchsorted(levels, np.nan_to_num(values)))
+        look = {"cmap": colormaps["cividis"].resampled(len(levels)), "vmin": -0.5, "vmax": len(levels) - 0.5}
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **look)
+    axes.grid(visible=False)
+    counts = device.value_counts().reindex([one for one in classes if one in set(device)]).to_numpy()
+    ends = np.cumsum(counts)
+    for end in ends[:-1]:
+        axes.axhline(end - 0.5, color="white", linewidth=1.5)
+    names = [one for one in classes if one in set(device)]
+    axes.set_yticks(ends - (counts + 1) / 2, names if name_classes else [])
+    axes.tick_params(axis="y", length=0)
+    return image
