@@ -1,7 +1,8 @@
 """fedsim: federated fine-tuning with real learning on simulated devices.
 
-``fedsim.run(config, **overrides)``, ``fedsim.load(directory)`` and ``fedsim.register_method(name, method)`` are the
-Python interface. Importing the package loads none of the heavy libraries; the first call does.
+``fedsim.run(config, **overrides)``, ``fedsim.load(directory)``, ``fedsim.sweep(config, grid=..., seeds=...)``,
+``fedsim.load_sweep(directory)`` and ``fedsim.register_method(name, method)`` are the Python interface.
+Importing the package loads none of the heavy libraries; the first call does.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsim.experiment.results import Run, load
     from fedsim.experiment.run import run
+    from fedsim.experiment.sweep import Sweep, load_sweep, sweep
     from fedsim.methods.base import Method
     from fedsim.methods.catalogue import register_method
 
-__all__ = ["Method", "Run", "load", "register_method", "run"]
+__all__ = ["Method", "Run", "Sweep", "load", "load_sweep", "register_method", "run", "sweep"]
 
 _HOMES = {
     "run": "fedsim.experiment.run",
     "load": "fedsim.experiment.results",
     "Run": "fedsim.experiment.results",
+    "sweep": "fedsim.experiment.sweep",
+    "load_sweep": "fedsim.experiment.sweep",
+    "Sweep": "fedsim.experiment.sweep",
     "Method": "fedsim.methods.base",
     "register_method": "fedsim.methods.catalogue",
 }

@@ -18,7 +18,7 @@ from fedsim.errors import RunError
 from fedsim.experiment.columns import TABLES, schema_of
 from fedsim.experiment.progress import seconds_text
 from fedsim.experiment.records import list_parts
-from fedsim.experiment.rundir import CONFIG, MANIFEST, PARTS, read_manifest
+from fedsim.experiment.rundir import CONFIG, MANIFEST, PARTS, SWEEP_BOOK, read_manifest
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +152,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     """
     found: dict[Path, Run] = {}
     for path in map(Path, paths):
+        if path.name == SWEEP_BOOK and path.is_file():
+            continue  # "SWEEP/*" names it beside the runs
         if not path.is_dir():
             raise RunError(f"no such run directory: '{path}'")
         below = list(_run_folders(path))

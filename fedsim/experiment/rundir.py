@@ -25,6 +25,8 @@ CONFIG = "config.yaml"
 PARTS = "parts"
 CHECKPOINT = "checkpoint"
 LOCK = ".lock"
+SWEEP_BOOK = "sweep.json"
+"""In a folder of runs that a sweep made."""
 TEMPORARY_SUFFIX = ".tmp"
 
 _OWN_FILES = (MANIFEST, CONFIG, "rounds.parquet", "client_rounds.parquet", "events.parquet")

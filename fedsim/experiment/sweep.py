@@ -1,0 +1,223 @@
+"""Many runs from one command: a table of cells, processes to run them, a book of how they ended.
+
+A cell is a run like any other, in a run directory named after its configuration: whatever ran it, wherever and beside
+whatever else, its records are the same to the bit. With one seed, all methods see the same split, fleet, draws of the
+devices and choice of clients (`fedsim.rng`: a draw depends on its key alone), so that differences are paired.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import ConfigError, FedsimError, RunError
+from fedsim.experiment.results import Run, load
+from fedsim.experiment.sweep_book import FAILED, FINISHED, SweepBook, anything_due, open_book, read_book
+from fedsim.experiment.sweep_grid import Grid, SweepPlan, plan_sweep, refuse
+from fedsim.experiment.sweep_host import import_user_modules
+from fedsim.experiment.sweep_jobs import Job, Setup
+from fedsim.experiment.sweep_local import LocalPool, Pool, usable_cores
+
+_ROWS_SHOWN = 60
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """A sweep as it stands on disk.
+
+    Attributes:
+        path: its folder.
+        cells: the records of ``sweep.json``: index, label, overrides, method, seed, config_hash, directory, state,
+            error, host_s (and traceback, worker, summary where there are any).
+    """
+
+    path: Path
+    cells: tuple[dict[str, Any], ...] = field(repr=False)
+
+    @property
+    def failed(self) -> list[dict[str, Any]]:
+        """Cells that failed."""
+        return [cell for cell in self.cells if cell["state"] == FAILED]
+
+    @property
+    def runs(self) -> list[Run]:
+        """The finished runs, in the order of the cells."""
+        return [load(self.path / cell["directory"]) for cell in self.cells if cell["state"] == FINISHED]
+
+    def summary(self) -> str:
+        """One line, and one for each cell that failed."""
+        counts: dict[str, int] = {}
+        for cell in self.cells:
+            counts[cell["state"]] = counts.get(cell["state"], 0) + 1
+        told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+        lines = [f"{len(self.cells)} cells, {told}: {self.path}"]
+        for cell in self.failed:
+            lines.append(f"failed: cell {cell['index']} ({cell['label']}): {cell['error']}")
+        return "\n".join(lines)
+
+
+def sweep(
+    config: str | Path | Mapping[str, Any],
+    *,
+    grid: Grid | None = None,
+    seeds: Any = None,
+    out: str | Path | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    tiny: bool = False,
+    rerun_failed: bool = False,
+    imports: Sequence[str] = (),
+    overrides: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Sweep:
+    """Run every cell of a sweep that is not finished yet.
+
+    Args:
+        config, grid, seeds, overrides, tiny: see `fedsim.experiment.sweep_grid.plan_sweep`.
+        out: the sweep's folder, by default ``runs/<name>``; each cell's run directory lies in it.
+        workers: cells at a time on this computer; default: its cores over the largest ``train.threads``.
+        ray: address of a Ray cluster, or ``local`` for one of this computer's own; not with `workers`.
+        rerun_failed: run cells that failed before again, from their last checkpoint.
+        imports: modules, or paths of Python files, that register methods, policies or criteria of your own; every
+            process that runs cells imports them.
+        quiet: no table and no progress.
+    Raises:
+        FedsimError: before any cell runs. A cell that fails raises nothing: see `Sweep.failed`.
+        KeyboardInterrupt: interrupted; the same call goes on later.
+    """
+    if ray is not None and workers is not None:
+        raise ConfigError("--workers and --ray exclude each other: a Ray cluster's cores say how many cells run")
+    if workers is not None and workers < 1:
+        raise ConfigError(f"--workers: value {workers} is not allowed (at least 1)")
+    files = tuple(str(Path(name).resolve()) if name.endswith(".py") else name for name in imports)
+    import_user_modules(files)
+    plan = plan_sweep(config, grid=grid, seeds=seeds, overrides=overrides, tiny=tiny)
+    path = Path(out) if out is not None else Path("runs") / plan.name
+    due = anything_due(path, plan, rerun_failed)
+    trains = any(cell.config.train.engine not in ("none", "surrogate") for cell in plan.cells)
+    setup = Setup(trains, files, tuple(sys.path))
+    threads = max(cell.config.train.threads for cell in plan.cells)
+    pool: Pool | None = None
+    try:
+        if due and ray is None:
+            # Started before the checks: it loads its libraries while they run.
+            at_once = min(workers or max(1, usable_cores() // threads), len(plan.cells))
+            pool = LocalPool(setup, at_once)
+        if due:
+            check_buildable(plan)
+        book = open_book(path, plan)
+        try:
+            if not quiet:
+                print(table_text(plan, book), flush=True)
+            if book.due(rerun_failed):
+                if pool is None:
+                    from fedsim.experiment.sweep_ray import RayPool  # an optional package
+
+                    pool = RayPool(setup, str(ray), book, threads)
+                _play(plan, book, pool, rerun_failed, quiet)
+        finally:
+            book.close()
+    finally:
+        if pool is not None:
+            pool.close()
+    return Sweep(path, tuple(book.cells))
+
+
+def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
+    """The runs of a sweep's folder, in the order of its cells.
+
+    Args:
+        unfinished: also those that have begun and are not finished (`Run.finished` tells them).
+    Raises:
+        RunError: not the folder of a sweep.
+    """
+    path = Path(path)
+    runs = []
+    for cell in read_book(path)["cells"]:
+        try:
+            run = load(path / cell["directory"])
+        except RunError:
+            if cell["state"] == FINISHED:
+                raise
+            continue
+        if run.finished or unfinished:
+            runs.append(run)
+    return runs
+
+
+def check_buildable(plan: SweepPlan) -> None:
+    """Refuse combinations that ask for a fleet, policy, rule, rank or ratio that there is none of.
+
+    Every part but data and learner is built once per combination; what these two refuse shows in the cells.
+
+    Raises:
+        ConfigError: with the reason for each combination.
+    """
+    from fedsim.experiment.build import build  # heavy enough to come after the cheap checks
+
+    faults, combinations = [], plan.combinations()
+    for cell in combinations:
+        config = cell.config
+        if config.train.engine not in ("none", "surrogate"):
+            config = config.model_copy(update={"train": config.train.model_copy(update={"engine": "none"})})
+        try:
+            build(config, lambda line: None)
+        except FedsimError as error:
+            faults.append((cell.label, str(error)))
+    refuse(faults, len(combinations))
+
+
+def table_text(plan: SweepPlan, book: SweepBook) -> str:
+    """The cells before they run: index, what tells them apart, seed, directory and state."""
+    heads = ["cell", *plan.keys, "seed", "directory", "state"]
+    rows = [
+        [
+            str(cell["index"]),
+            *("" if key not in cell["overrides"] else _shown(cell["overrides"][key]) for key in plan.keys),
+            str(cell["seed"]),
+            str(cell["directory"]),
+            str(cell["state"]),
+        ]
+        for cell in book.cells[:_ROWS_SHOWN]
+    ]
+    widths = [max(len(row[place]) for row in [heads, *rows]) for place in range(len(heads))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [heads, *rows]]
+    if len(book.cells) > _ROWS_SHOWN:
+        lines.append(f"and {len(book.cells) - _ROWS_SHOWN} more (all are in {book.path / 'sweep.json'})")
+    told = ", ".join(f"{count} {state}" for state, count in book.count().items())
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join([*(line.rstrip() for line in lines), f"{len(book.cells)} cells ({told}) in {book.path}"])
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _play(plan: SweepPlan, book: SweepBook, pool: Pool, rerun_failed: bool, quiet: bool) -> None:
+    """Run what is due; the book follows."""
+    waiting = book.due(rerun_failed)
+    total, ended, running = len(waiting), 0, 0
+    waiting.reverse()
+    try:
+        while waiting or running:
+            while waiting and pool.idle > 0:
+                index = waiting.pop()
+                book.begin(index)
+                cell = plan.cells[index]
+                path = (book.path / cell.directory).resolve()
+                pool.start(Job(index, cell.config.model_dump(mode="json"), str(path)))
+                running += 1
+            for done in pool.wait():
+                book.end(done)
+                running -= 1
+                ended += 1
+                if not quiet:
+                    how = f"failed: {done.error}" if done.error else str(done.summary)
+                    place = f"[{ended}/{total}] cell {done.index} ({plan.cells[done.index].label})"
+                    print(f"{place}, {done.host_s:.1f} host s: {how}", file=sys.stderr, flush=True)
+    except BaseException:
+        book.interrupt()
+        raise
