@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from fedsim.experiment.belonging import Group, check_together, clock_text, group_runs
+from fedsim.experiment.belonging import Group, check_together, clock_text, finished_only, group_runs
 from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
-from fedsim.plots.style import COLOURS, PHASE_COLOURS, canvas, caption, save, styles
+from fedsim.plots.style import COLOURS, PHASE_COLOURS, Sink, canvas, caption, save, styles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SURROGATE = "SURROGATE"
 """The watermark of figures whose losses and accuracies are a fitted model's."""
@@ -29,40 +32,47 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
     are watermarked.
 
     Args:
-        runs: runs that belong together.
+        runs: runs that belong together; unfinished ones are left out.
         out: folder, made if needed.
         round_for_gantt: round of the timeline; None takes the middle one of the shortest run.
     Returns:
         The files written.
     Raises:
-        RunError: runs of different data, fleets or clocks; or `out` cannot be written.
+        RunError: runs of different data, fleets or clocks, or none finished; or `out` cannot be written.
         ConfigError: no such round.
     """
-    check_together(runs)
-    begun = [run for run in runs if len(run.rounds)]
-    groups, _ = group_runs(begun)
-    text = clock_text(begun) if begun else ""
-    mark = SURROGATE if any(run.is_surrogate for run in begun) else None
-    unfinished = sum(not run.finished for run in begun)
-    if unfinished:
-        text += f" {unfinished} of {len(begun)} runs unfinished."
+    done, _ = finished_only(runs)
+    check_together(done)
+    groups, _ = group_runs(done)
+    text = clock_text(done)
+    mark = mark_of(done)
     detailed = frames.with_client_rounds(groups)
     # Every table before the first figure: a wrong round must not leave half of the figures behind.
     timeline = frames.timeline(detailed, round_for_gantt) if detailed else None
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    if frames.has_accuracy(begun):
-        written += _draw_accuracy(groups, text, mark, out)
+
+    def sink(figure: Figure, frame: pd.DataFrame, name: str, mark: str | None) -> None:
+        written.extend(save(figure, frame, out, name, mark))
+
+    if frames.has_accuracy(done):
+        draw_accuracy(groups, text, mark, sink)
     if timeline is not None:
         classes = frames.class_order(frames.first_client_rounds(detailed))
-        written += _draw_idle(detailed, classes, text, mark, out)
-        written += _draw_choices(detailed, classes, text, mark, out)
-        written += _draw_timeline(timeline, text, mark, out)
+        draw_idle(detailed, classes, text, mark, sink)
+        draw_choices(detailed, classes, text, mark, sink)
+        draw_timeline(timeline, text, mark, sink)
     return written
 
 
-def _draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, out: Path) -> list[Path]:
+def mark_of(runs: Sequence[Run]) -> str | None:
+    """The watermark that figures of these runs carry; None for measured ones."""
+    return SURROGATE if any(run.is_surrogate for run in runs) else None
+
+
+def draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, sink: Sink) -> None:
+    """Accuracy against simulated time, one colour per method."""
     frame = frames.accuracy_over_time(groups)
     looks = styles([group.label for group in groups])
     with canvas(7.2, 4.2) as figure:
@@ -82,10 +92,11 @@ def _draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, out: Pa
         axes.set_xlim(left=0)
         axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(figure, ("Bold: mean over seeds by round; thin: each seed. " if several else "") + text)
-        return save(figure, frame, out, "accuracy_over_time", mark)
+        sink(figure, frame, "accuracy_over_time", mark)
 
 
-def _draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, out: Path) -> list[Path]:
+def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:
+    """Idle share by device class and method."""
     frame = frames.idle_by_class(groups)
     looks = styles([group.label for group in groups])
     with canvas(7.2, 3.8) as figure:
@@ -111,15 +122,14 @@ def _draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark:
         axes.set_ylabel("idle share of the round (mean over rounds)")
         axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(figure, ("Whiskers: lowest and highest seed. " if several else "") + text)
-        return save(figure, frame, out, "idle_by_class", mark)
+        sink(figure, frame, "idle_by_class", mark)
 
 
 _ON_BAR: dict[str, Any] = {"fontsize": 7, "color": "white", "fontweight": "bold"}
 
 
-def _draw_choices(
-    groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, out: Path
-) -> list[Path]:
+def draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:
+    """Asked pruning ratio and rank over rounds, by class: what a policy chose."""
     frame = frames.choices_by_class(groups)
     looks = styles(classes)
     columns = min(len(groups), PANELS)
@@ -152,7 +162,7 @@ def _draw_choices(
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(classes))
         caption(figure, "Lines: mean over a class's clients (and seeds); bands: 10th to 90th percentile. " + text)
-        return save(figure, frame, out, "choices_by_class", mark)
+        sink(figure, frame, "choices_by_class", mark)
 
 
 def _draw_choice(
@@ -173,8 +183,10 @@ def _rank_axis(axes: Any, frame: pd.DataFrame) -> None:
     axes.set_ylim(ticks[0] / 1.2, ticks[-1] * 1.2)
 
 
-def _draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, out: Path) -> list[Path]:
+def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, name: str = "timeline") -> None:
+    """One round per method as bars, a line per client (rows of `frames.timeline`)."""
     names = list(dict.fromkeys(frame["method"]))
+    same = frame["round"].nunique() == 1
     columns = min(len(names), 2)
     rows = -(-len(names) // columns)
     with canvas(3.6 * columns + 1.4, 2.8 * rows + 0.7) as figure:
@@ -186,7 +198,8 @@ def _draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, out: Path) 
                 continue
             own = frame[frame["method"] == names[index]].reset_index(drop=True)
             _draw_bars(axes, own, name_classes=index % columns == 0)
-            axes.set_title(names[index])
+            chosen = int(own["round"].iloc[0])
+            axes.set_title(names[index] if same else f"{names[index]}, round {chosen}")
             if index + columns >= len(names):
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("simulated time since the round opened (s)")
@@ -195,9 +208,9 @@ def _draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, out: Path) 
         figure.legend(
             [handles[name] for name in names_in_order], names_in_order, loc="outside upper center", ncols=len(handles)
         )
-        chosen, seed = int(frame["round"].iloc[0]), int(frame["seed"].iloc[0])
-        caption(figure, f"Round {chosen}, seed {seed}; one line per client, slowest class first. " + text)
-        return save(figure, frame, out, "timeline", mark)
+        which = f"Round {frame['round'].iloc[0]}, seed" if same else "The rounds named above, seed"
+        caption(figure, f"{which} {frame['seed'].iloc[0]}; one line per client, slowest class first. " + text)
+        sink(figure, frame, name, mark)
 
 
 _NOT_OK = "ended otherwise than ok"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from fedsim.errors import ConfigError
-from fedsim.experiment.belonging import Group
+from fedsim.experiment.belonging import Group, Repeat
 from fedsim.experiment.results import Run
 
 PHASES = ("wait", "download", "compute", "upload", "idle")
@@ -68,27 +69,46 @@ def timeline(groups: Sequence[Group], round_index: int | None) -> pd.DataFrame:
     Raises:
         ConfigError: a run has no such round.
     """
-    firsts = [(group, next(iter(group.runs.items()))) for group in groups]
-    shortest = min(len(run.rounds) for _, (_, run) in firsts)
+    shortest = min(len(run.rounds) for group in groups for run in [_first(group)[1]])
     chosen = shortest // 2 if round_index is None else round_index
     if not 0 <= chosen < shortest:
         raise ConfigError(
             f"--round: value {chosen} is not allowed (rounds 0 to {shortest - 1} are recorded by all runs)"
         )
+    return timeline_of(groups, {group.label: chosen for group in groups})
+
+
+def timeline_of(groups: Sequence[Group], rounds: Mapping[str, int]) -> pd.DataFrame:
+    """`timeline` with a round of its own for each group, by label; groups without client records are left out."""
     columns = ["round", "client", "device", "mode", "outcome", *(f"{phase}_s" for phase in PHASES)]
     tables = []
-    for group, (repeat, run) in firsts:
+    for group in groups:
+        repeat, run = _first(group)
         if not run.has("client_rounds"):
             continue
         rows = run.client_rounds
         order = class_order(rows)
-        table = rows.loc[rows["round"] == chosen, columns].copy()
+        table = rows.loc[rows["round"] == rounds[group.label], columns].copy()
         table["device_order"] = table["device"].map(order.index)
         # Ordered by what each client did, so that equal finishing times lie together within a class.
         table["busy_s"] = table[["wait_s", "download_s", "compute_s", "upload_s"]].sum(axis=1)
         table = table.sort_values(["device_order", "busy_s", "client"]).drop(columns=["device_order", "busy_s"])
         tables.append(_named(table, method=group.label, seed=repeat[0]))
     return pd.concat(tables, ignore_index=True)
+
+
+def typical_and_slowest(groups: Sequence[Group]) -> tuple[dict[str, int], dict[str, int]]:
+    """For each group's first run, by label: the round nearest the median duration, and the longest."""
+    typical, slowest = {}, {}
+    for group in groups:
+        duration_s = _first(group)[1].rounds["duration_s"].to_numpy()
+        typical[group.label] = int(np.argmin(np.abs(duration_s - np.median(duration_s))))
+        slowest[group.label] = int(np.argmax(duration_s))
+    return typical, slowest
+
+
+def _first(group: Group) -> tuple[Repeat, Run]:
+    return next(iter(group.runs.items()))
 
 
 def class_order(client_rounds: pd.DataFrame) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,9 @@ PHASE_COLOURS = {
     "upload": "#E69F00",
     "idle": "#F0DEDA",
 }
+
+Sink = Callable[["Figure", pd.DataFrame, str, str | None], None]
+"""Takes a drawn figure, its numbers, its name, and the mark of what is not measured."""
 
 DPI = 160
 _SETTINGS = {
@@ -80,6 +84,36 @@ def watermark(figure: Figure, word: str) -> None:
     figure.text(0.995, 0.995, word, fontsize=8, ha="right", va="top", **look)
 
 
+def settle(figure: Figure, frame: pd.DataFrame, mark: str | None) -> pd.DataFrame:
+    """Find the layout once, and mark what is not measured: a watermark on the figure, a column ``engine`` in the table.
+
+    Returns the table.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    if mark is None:
+        return frame
+    watermark(figure, mark)
+    return frame.assign(engine=mark.lower())
+
+
+def svg_text(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element for a page: no date, no XML head, as wide as its place allows.
+
+    Identifiers come from the content alone, so that equal ones on a page stand for equal things.
+    """
+    content = io.StringIO()
+    figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})  # type: ignore[arg-type]
+    text = content.getvalue()
+    text = text[text.index("<svg") :].rstrip()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
+    text = re.sub(r"\n\s*", "\n", text)
+    width_in, _ = figure.get_size_inches()
+    return re.sub(
+        r'<svg ([^>]*?)width="[^"]*pt"', rf'<svg \1style="width:{width_in * 96:.0f}px" role="img"', text, count=1
+    ).replace('height="', 'data-height="', 1)
+
+
 def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | None = None) -> list[Path]:
     """Write ``name.png``, ``name.pdf`` and ``name.csv``, without dates, whole or not at all.
 
@@ -88,13 +122,7 @@ def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | 
     Raises:
         RunError: full disk, or a folder that cannot be written.
     """
-    paths = []
-    # The layout is found once, and holds for both kinds.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    if mark is not None:
-        watermark(figure, mark)
-        frame = frame.assign(engine=mark.lower())
+    frame, paths = settle(figure, frame, mark), []
     for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
         content = io.BytesIO()
         figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)  # type: ignore[arg-type]

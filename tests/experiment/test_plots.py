@@ -115,19 +115,25 @@ def test_timing_only_and_sparse_runs_draw_what_they_can(tmp_path):
     assert {path.stem for path in write_figures([sparse], tmp_path / "b")} == {"accuracy_over_time"}
 
 
-def test_unfinished_runs_are_marked_and_unbegun_ones_left_out(tmp_path, monkeypatch):
+def test_unfinished_runs_are_left_out(tmp_path):
+    done = load(write_run(tmp_path / "done", rounds=6, clients=8))
+    half = load(write_run(tmp_path / "half", "fedlora", rounds=6, clients=8, stop_before=4))
+    write_figures([done, half], tmp_path / "out")
+    assert set(pd.read_csv(tmp_path / "out" / "idle_by_class.csv")["method"]) == {"fedspine"}
+    with pytest.raises(RunError, match="unfinished"):
+        write_figures([half], tmp_path / "other")
+
+
+def test_captions_name_the_clock(tmp_path, monkeypatch):
     from fedsim.plots import figures
 
     said = []
     monkeypatch.setattr(figures, "caption", lambda _, text: said.append(text))
-    begun = load(write_run(tmp_path / "begun", rounds=6, clients=8, stop_before=4))
-    unbegun = load(write_run(tmp_path / "unbegun", "fedlora", rounds=6, clients=8, stop_before=0))
-    write_figures([begun, unbegun], tmp_path / "out")
+    write_figures([load(write_run(tmp_path / "done", rounds=6, clients=8))], tmp_path / "out")
     assert len(said) == 4
     for text in said:
         assert text.endswith(
-            "Clock: roberta-base, batch 8 x 128 tokens, fp32; fleet fedspine-80, 8 clients; reconstruction. "
-            "1 of 1 runs unfinished."
+            "Clock: roberta-base, batch 8 x 128 tokens, fp32; fleet fedspine-80, 8 clients; reconstruction."
         )
 
 
