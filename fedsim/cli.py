@@ -128,6 +128,28 @@ def _parser() -> argparse.ArgumentParser:
     surrogate.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSON file to write")
     surrogate.set_defaults(action=_fit_surrogate)
 
+    export = commands.add_parser(
+        "export",
+        help="write a model of a finished run for plain transformers and peft",
+        description="Write one client's pruned model, or the consensus, with the run's LoRA; the folder's README.md says "
+        "how to load it.",
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="run directory, finished")
+    whose = export.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--device", metavar="CLIENT", type=int, help="the structure of one client, counted from 0")
+    whose.add_argument(
+        "--consensus", action="store_true", help="one structure cut to the fleet-mean ratio by the averaged importance"
+    )
+    export.add_argument(
+        "--format",
+        choices=["dense", "sliced"],
+        default="dense",
+        help="dense: original shapes, zeros where pruned (default); sliced: small shapes, loaded with fedsim's classes",
+    )
+    export.add_argument("--merge", action="store_true", help="add the LoRA to the weights (default: in DIR/adapter)")
+    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
+    export.set_defaults(action=_export)
+
     bench = commands.add_parser(
         "bench",
         help="how fast this host trains clients and plays rounds, against plain loops in the same process",
@@ -249,6 +271,21 @@ def _fit_surrogate(arguments: argparse.Namespace) -> None:
 
     print(fit_text(fit_surrogate(arguments.run, arguments.out)))
     print(f"written to {arguments.out}; use it with train.engine=surrogate train.surrogate={arguments.out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    print("fedsim: loading torch and the model", file=sys.stderr, flush=True)
+    from fedsim.experiment.export import export_run
+
+    result = export_run(
+        arguments.run,
+        arguments.out,
+        device=arguments.device,
+        consensus=arguments.consensus,
+        format=arguments.format,
+        merge=arguments.merge,
+    )
+    print(result.as_text())
 
 
 def _bench(arguments: argparse.Namespace) -> None:

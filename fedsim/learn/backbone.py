@@ -1,8 +1,9 @@
-"""The frozen backbone with its classification head: loaded once, shared by every client.
+"""The frozen backbone with its classification head, or its own output: loaded once, shared by every client.
 
 Any BERT, RoBERTa or LLaMA type checkpoint will do: the built-in ``tiny``, the optional ``minilm``, a local folder, or a
 hub name. Nothing random may hide in it: a checkpoint that lacks a weight of the backbone is refused, and only the
-classification head is initialised here, from its own random stream.
+classification head is initialised here, from its own random stream. A language model has no such head: it predicts
+tokens by its own frozen output.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import logging as transformers_logging
 
 from fedsim.errors import ModelError
-from fedsim.learn.heads import HEAD_STD, SentenceClassifier, make_head
+from fedsim.learn.heads import HEAD_STD, NextToken, SentenceClassifier, make_head
 from fedsim.learn.linears import prunable_linears
 from fedsim.resources import asset_folder
 from fedsim.rng import Stream, integer_seed
@@ -44,12 +45,12 @@ class Backbone:
     """A model in memory, once, however many clients.
 
     Attributes:
-        model: ``forward(input_ids, attention_mask, token_type_ids=None) -> logits (batch, labels)``; only the head's
-            parameters require gradients.
+        model: ``forward(input_ids, attention_mask, token_type_ids=None) -> logits (batch, labels)``, of a language
+            model ``(batch, tokens, vocab)``; only the head's parameters require gradients.
         encoder: the Hugging Face base model inside; names of `fedsim.learn.linears` address its sub-modules.
         tokenizer: of the same checkpoint, with a padding token.
         shape: widths, counted unpruned.
-        head_names: parameter names of the trained head in `model`, in order.
+        head_names: parameter names of the trained head in `model`, in order; none in a language model.
         initial_head: the head as initialised, by those names; never changed.
         linears: the prunable Linear modules by name (the same objects also after LoRA is put around them).
         full_weights: their unpruned weights by name; references, not copies.
@@ -57,7 +58,7 @@ class Backbone:
         max_tokens: the longest input that the position embeddings allow.
     """
 
-    model: SentenceClassifier
+    model: SentenceClassifier | NextToken
     encoder: nn.Module
     tokenizer: Any
     shape: ModelShape
@@ -68,6 +69,11 @@ class Backbone:
     weights_sha256: str
     max_tokens: int
     device: torch.device
+
+    @property
+    def output(self) -> nn.Linear | None:
+        """A language model's frozen product with its vocabulary; None where there is a classification head."""
+        return self.model.output if isinstance(self.model, NextToken) else None
 
 
 def find_minilm() -> Path | None:
@@ -88,7 +94,7 @@ def load_backbone(
     attention: str = "sdpa",
     products: torch.dtype = torch.float32,
 ) -> Backbone:
-    """Load a checkpoint and put a fresh classification head on it.
+    """Load a checkpoint and put a fresh classification head on it; with no labels, load it as a language model.
 
     Pooling ``native``: BERT, its own frozen pooler, then a linear layer; RoBERTa, a trained dense layer with tanh on
     the first token, then a linear layer; LLaMA, a linear layer on the last token that is not padding. ``mean``: a
@@ -97,30 +103,34 @@ def load_backbone(
 
     Args:
         settings: `settings.name` is ``tiny``, ``minilm``, a local folder, or a hub name.
-        labels: number of classes, >= 2.
+        labels: number of classes, >= 2; 0: the next token is predicted, by the checkpoint's own output.
         seed: the run's root seed; the head comes from its stream ``HEAD_INIT``.
         attention: ``sdpa`` or ``eager``.
         products: type of the prunable Linears' weights, of which there is one copy. A LLaMA is held in it whole
             (embeddings and norms too); of BERT and RoBERTa the small rest stays in fp32. The head always does.
     Raises:
-        ModelError: no such model, not of BERT, RoBERTa or LLaMA type, or weights missing or of wrong sizes.
+        ModelError: no such model, not of BERT, RoBERTa or LLaMA type (of LLaMA type with no labels), or weights
+            missing or of wrong sizes.
     """
-    if labels < 2:
+    if labels < 0 or labels == 1:
         raise ModelError(f"the classifier has {labels} labels; at least 2 are needed")
     source, is_local = _locate(settings.name)
     config = _load_config(settings.name, source, is_local)
-    native_pooler = settings.pooling == "native" and config.model_type == "bert"
     shape = _shape_of(settings, config, labels)
     # Modules draw throw-away values from torch's global generator when they are made.
     with torch.random.fork_rng(devices=[]):
         dtype = products if shape.architecture == "llama" else torch.float32
-        encoder = _load_encoder(settings.name, source, is_local, config, native_pooler, attention, dtype)
-        head = make_head(shape, settings.pooling)
+        loaded = _load_model(settings, source, is_local, config, shape, attention, dtype)
+        model: SentenceClassifier | NextToken
+        if shape.is_language_model:
+            encoder, model = loaded.model, NextToken(loaded)
+        else:
+            head = make_head(shape, settings.pooling)
+            _initialise(head, integer_seed(seed, Stream.HEAD_INIT))
+            encoder, model = loaded, SentenceClassifier(loaded, head, shape.architecture, settings.pooling)
     linears = _prunable_modules(settings.name, encoder, shape)
     for linear in linears.values():
         linear.weight = nn.Parameter(linear.weight.detach().to(products), requires_grad=False)
-    _initialise(head, integer_seed(seed, Stream.HEAD_INIT))
-    model = SentenceClassifier(encoder, head, shape.architecture, settings.pooling)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
     model.to(device).eval()
@@ -192,8 +202,8 @@ def _load_config(name: str, source: str, is_local: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hush the loading report and its bar: what it warns of is checked by `_load_encoder`, and refused."""
+def quiet() -> Iterator[None]:
+    """Hush the loading report and its bar: who loads checks what it warns of (`_load_encoder` refuses it)."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
@@ -210,7 +220,7 @@ def _load_encoder(
 ) -> Any:
     options: dict[str, Any] = {} if config.model_type == "llama" else {"add_pooling_layer": native_pooler}
     try:
-        with _quiet():
+        with quiet():
             encoder, report = AutoModel.from_pretrained(
                 source,
                 config=config,
@@ -238,7 +248,7 @@ def _load_encoder(
 
 def _load_tokenizer(name: str, source: str, is_local: bool, vocab: int) -> Any:
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=is_local)
     except Exception as error:  # many types again
         raise ModelError(f"model.name '{name}': its tokenizer cannot be loaded ({_first_line(error)})") from error
