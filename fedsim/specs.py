@@ -251,6 +251,7 @@ class LocalRequest:
     Attributes:
         ratio_target: cumulative pruning ratio to reach after ``local_steps - recovery_steps`` steps.
         prune: whether the structure may change in this round at all (False during warm-up).
+        estimate: whether importance is estimated in this round, where the run's method estimates any.
     """
 
     client: int
@@ -261,6 +262,7 @@ class LocalRequest:
     local_steps: int
     recovery_steps: int
     learning_rate: float
+    estimate: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,6 +281,7 @@ class LocalRequests:
     local_steps: int
     recovery_steps: int
     learning_rate: float
+    estimate: bool = True
 
     def singles(self) -> list[LocalRequest]:
         """One record per client, for a learner that goes client by client."""
@@ -292,6 +295,7 @@ class LocalRequests:
                 local_steps=self.local_steps,
                 recovery_steps=self.recovery_steps,
                 learning_rate=self.learning_rate,
+                estimate=self.estimate,
             )
             for client, ratio, rank in zip(
                 self.clients.tolist(), self.ratio_target.tolist(), self.rank.tolist(), strict=True
@@ -311,6 +315,8 @@ class LocalResults:
         kept_before, kept_after: kept head groups and channels per layer (two integer arrays of shape (P, layers)) at
             the job's start and end: what it really cost where layers lose unequal shares (``global`` selection).
         payload: the learner's own record of each update, opaque here; None where it has none.
+        rank: LoRA rank of each update, where a client may give up components (rank self-pruning); one that did asks
+            for no more from then on. None where ranks stay as asked.
     """
 
     clients: IntArray
@@ -322,6 +328,7 @@ class LocalResults:
     kept_before: KeptCounts
     kept_after: KeptCounts
     payload: Sequence[object] | None
+    rank: IntArray | None = None
 
     def take(self, mask: NDArray[np.bool_]) -> LocalResults:
         """The results where `mask`, shape (P,), is true; itself where that is everywhere."""
@@ -338,6 +345,7 @@ class LocalResults:
             kept_before=(self.kept_before[0][mask], self.kept_before[1][mask]),
             kept_after=(self.kept_after[0][mask], self.kept_after[1][mask]),
             payload=None if payload is None else [payload[place] for place in np.flatnonzero(mask).tolist()],
+            rank=None if self.rank is None else self.rank[mask],
         )
 
 

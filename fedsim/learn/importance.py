@@ -5,8 +5,14 @@ LoRA-guided (LoRAPrune, arXiv 2305.18403): with ``W`` frozen, ``c = alpha / r`` 
 the product ``B A``), and ``S = |G * (W + c B A)|`` elementwise is the saliency. A group's score: sum of S over its
 rows or columns of each member module, each module's vector of sums divided by its L2 norm, members added.
 
+Activation-gradient (the salience of blocks in APT, arXiv 2401.12200): for the Linears that read heads and channels
+(attention output, second of the feed-forward), a feature's score is the sum of |input| over the batch's tokens times
+the sum of |gradient of that input|; a group's is the sum over its features. It needs no LoRA on these Linears. Left
+out: APT's kurtosis term.
+
 Our choices where sources are silent: the averages start at zero; a pruned group keeps its last average; a Linear's
-norm is taken over the groups that it has at the moment.
+norm is taken over the groups that it has at the moment; of the tokens those count which the loss reads through that
+input (their gradient is not zero), so that padding does not.
 """
 
 from __future__ import annotations
@@ -159,6 +165,42 @@ def _collect(
 
 
 @torch.no_grad()
+def activation_gradient(model: LoraModel) -> GroupScores:
+    """Activation-gradient scores from the last forward and backward pass, which ran under `LoraModel.watching`.
+
+    NaN where a group is pruned, and everywhere if any score is not finite.
+
+    Raises:
+        ValueError: the pass was not watched, or there was no backward pass.
+    """
+    linears = tuple(one for one in prunable_linears(model.backbone.shape) if one.role in _BY_COLUMN)
+    sums = []
+    for linear in linears:
+        x = model.watched.get(linear.name)
+        if x is None or x.grad is None:
+            raise ValueError(f"{linear.name}: no watched input with a gradient; importance is estimated after both")
+        sums.append(salience(x.flatten(0, -2).unsqueeze(0), x.grad.flatten(0, -2).unsqueeze(0))[0])
+    return _collect(model.backbone.shape, linears, sums, model.structure.head_mask, model.structure.channel_mask)
+
+
+def watchable(x: torch.Tensor) -> torch.Tensor:
+    """`x`, made to keep its gradient; a leaf in its place where nothing trained leads to it."""
+    x = x if x.requires_grad else x.detach().requires_grad_(True)
+    x.retain_grad()
+    return x
+
+
+def salience(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Sum of |x| times sum of |grad| over the tokens with a gradient: ``(C, T, features)`` to ``(C, features)``.
+
+    In float64.
+    """
+    read = (grad != 0.0).any(dim=2, keepdim=True)
+    activation = (x.abs() * read).sum(dim=1, dtype=torch.float64)
+    return activation * grad.abs().sum(dim=1, dtype=torch.float64)
+
+
+@torch.no_grad()
 def magnitude(backbone: Backbone) -> GroupScores:
     """Scores from the frozen weights alone: |W| in the place of S. The same for every client and round."""
     linears = prunable_linears(backbone.shape)
@@ -199,14 +241,17 @@ class Criterion:
         estimate: from the model right after a backward pass; averaged over local iterations by `smooth`. NaN marks
             groups that were not measured.
         static: from (backbone, seed, client), once; no gradients, no average.
+        watches: whether `estimate` reads inputs of Linears and their gradients, which are then kept for it.
     """
 
     estimate: Callable[[LoraModel], GroupScores] | None = None
     static: Callable[[Backbone, int, int], GroupScores] | None = None
+    watches: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
     "lora_guided": Criterion(estimate=lora_guided),
+    "activation_gradient": Criterion(estimate=activation_gradient, watches=True),
     "magnitude": Criterion(static=lambda backbone, seed, client: magnitude(backbone)),
     "random": Criterion(static=lambda backbone, seed, client: random_scores(backbone.shape, seed, client)),
 }

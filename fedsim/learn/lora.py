@@ -6,7 +6,8 @@ says how many components there are. PEFT's layers do the forward pass; here thei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -18,7 +19,8 @@ from torch import nn
 
 from fedsim.learn.adapter import Adapter, Factors
 from fedsim.learn.backbone import Backbone
-from fedsim.learn.linears import Targets, kept_columns, kept_rows, target_linears
+from fedsim.learn.importance import watchable
+from fedsim.learn.linears import Role, Targets, kept_columns, kept_rows, prunable_linears, target_linears
 from fedsim.learn.slicing import apply_structure, check_structure, take
 from fedsim.structure import Structure
 
@@ -49,6 +51,8 @@ class LoraModel:
         backbone: shared, changed in place.
         targets: the Linears that carry LoRA.
         alpha_over_rank: the scale c of ``dW = c B A``, the same at every rank.
+        watched: inputs of the Linears that read heads and channels, by name, of the last pass under `watching`; after
+            a backward pass they have gradients.
     """
 
     def __init__(self, backbone: Backbone, targets: Targets, alpha_over_rank: float) -> None:
@@ -63,6 +67,7 @@ class LoraModel:
         self.alpha_over_rank = alpha_over_rank
         self._structure = Structure.full(backbone.shape)
         self._merged: Mapping[str, torch.Tensor] = {}
+        self.watched: dict[str, torch.Tensor] = {}
         if any(hasattr(module, "lora_A") for module in backbone.encoder.modules()):
             raise ValueError("this backbone carries LoRA already; one LoraModel serves all clients")
         apply_structure(backbone, self._structure)
@@ -113,6 +118,33 @@ class LoraModel:
     def logits(self, batch: HasInputs | Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Class scores ``(batch, labels)``, with gradients unless switched off."""
         return self.backbone.model(**(batch if isinstance(batch, Mapping) else batch.inputs))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep in `watched` what the column-pruned Linears read in passes inside, so that it gets a gradient.
+
+        An input that nothing trained leads to becomes a leaf: its gradient exists all the same.
+        """
+        self.watched = {}
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+                x = watchable(inputs[0])
+                self.watched[name] = x
+                return (x, *inputs[1:])
+
+            return hook
+
+        handles = [
+            self.backbone.encoder.get_submodule(linear.name).register_forward_pre_hook(keep(linear.name))
+            for linear in prunable_linears(self.backbone.shape)
+            if linear.role in (Role.ATTENTION_OUT, Role.DOWN)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def read(self) -> Adapter:
         """The present factors and head, as detached copies at the present widths."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -13,7 +14,7 @@ from fedsim.learn.evaluate import Measured, each_once
 from fedsim.learn.importance import GroupScores, lora_importance, smooth
 from fedsim.learn.lora import LoraModel
 from fedsim.learn.train import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
-from fedsim.specs import Outcome
+from fedsim.specs import LocalRequest, Outcome
 from fedsim.structure import Structure
 
 
@@ -53,12 +54,13 @@ class ReferenceTrainer:
                 structure = self._prune(job, structure, scores, optimizer)
             optimizer.zero_grad(set_to_none=True)
             batch = next(stream)
-            loss = torch.nn.functional.cross_entropy(model.logits(batch), batch.labels)
+            with model.watching() if self._watches(request, step) else nullcontext():
+                loss = torch.nn.functional.cross_entropy(model.logits(batch), batch.labels)
             if not math.isfinite(float(loss.detach())):
                 outcome = Outcome.NON_FINITE
                 break
             loss.backward()
-            scores = self._estimate(scores, step)
+            scores = self._estimate(request, scores, step)
             if step == request.local_steps - 1:
                 importance = lora_importance(model)
             optimizer.step()
@@ -78,11 +80,18 @@ class ReferenceTrainer:
             outcome=outcome,
         )
 
-    def _estimate(self, scores: GroupScores | None, step: int) -> GroupScores | None:
-        criterion, every = self._rule.criterion, self._rule.importance_every
-        if criterion is None or criterion.estimate is None or (step + 1) % every != 0:
+    def _estimates(self, request: LocalRequest, step: int) -> bool:
+        return request.estimate and (step + 1) % self._rule.importance_every == 0
+
+    def _watches(self, request: LocalRequest, step: int) -> bool:
+        criterion = self._rule.criterion
+        return criterion is not None and criterion.watches and self._estimates(request, step)
+
+    def _estimate(self, request: LocalRequest, scores: GroupScores | None, step: int) -> GroupScores | None:
+        criterion = self._rule.criterion
+        if criterion is None or criterion.estimate is None or not self._estimates(request, step):
             return scores
-        return smooth(scores, criterion.estimate(self._model), steps=every)
+        return smooth(scores, criterion.estimate(self._model), steps=self._rule.importance_every)
 
     def _prune(
         self, job: Job, structure: Structure, scores: GroupScores | None, optimizer: torch.optim.Optimizer

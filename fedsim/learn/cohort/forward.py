@@ -18,6 +18,7 @@ from fedsim.learn.backbone import Backbone
 from fedsim.learn.cohort.kernels import RowMap, lora_linears
 from fedsim.learn.cohort.pack import Bucket, PackedBatch, PackRule
 from fedsim.learn.cohort.stack import CohortStack
+from fedsim.learn.importance import watchable
 from fedsim.learn.linears import PrunableLinear, Role, prunable_linears
 
 _LENGTH_STEP = {"cpu": 8, "cuda": 1 << 20}
@@ -145,6 +146,9 @@ class _Layer:
     def masked(self, x: torch.Tensor, role: Role) -> torch.Tensor:
         """A column-pruned Linear, of what its clients keep of `x`."""
         mask = self._stack.mask(self._linears[role])
+        if self._stack.watched is not None:
+            x = watchable(x)
+            self._stack.watched[self._linears[role].name] = x
         return self.linears(x if mask is None else x * mask, role)[0]
 
     def attention(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

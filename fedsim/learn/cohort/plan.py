@@ -29,6 +29,7 @@ def cohorts(jobs: Sequence[Job]) -> list[list[int]]:
             request.recovery_steps,
             request.learning_rate,
             request.prune,
+            request.estimate,
         )
         alike.setdefault(key, []).append(place)
 

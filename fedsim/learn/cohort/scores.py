@@ -15,8 +15,8 @@ import torch
 from fedsim.errors import ConfigError
 from fedsim.learn.cohort.axes import COLUMN_PRUNED, HEAD_ROLES, Widths
 from fedsim.learn.cohort.stack import CohortStack
-from fedsim.learn.importance import DECAY, Criterion, GroupScores, lora_guided
-from fedsim.learn.linears import PrunableLinear, group_width
+from fedsim.learn.importance import DECAY, Criterion, GroupScores, activation_gradient, lora_guided, salience
+from fedsim.learn.linears import PrunableLinear, group_width, prunable_linears
 from fedsim.specs import FloatArray
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
@@ -89,20 +89,45 @@ def lora_guided_cohort(stack: CohortStack) -> CohortScores:
     Raises:
         ConfigError: LoRA does not sit on every prunable Linear.
     """
-    base, widths, shape = stack.base, stack.widths, stack.base.backbone.shape
+    base = stack.base
     if len(base.targets) < len(base.backbone.linears):
         raise ConfigError(
             "prune.criterion 'lora_guided' estimates importance from the LoRA of every prunable linear layer "
             "(model.lora_targets must be 'all')"
         )
-    device = base.backbone.device
+    return _collect(stack, base.targets, lambda linear: _group_sums(stack, linear))
+
+
+@torch.no_grad()
+def activation_gradient_cohort(stack: CohortStack) -> CohortScores:
+    """Activation-gradient scores from the last forward pass, watched, and its backward pass; NaN as above.
+
+    Raises:
+        ValueError: the pass was not watched, or there was no backward pass.
+    """
+    shape, watched = stack.base.backbone.shape, stack.watched or {}
+
+    def sums(linear: PrunableLinear) -> torch.Tensor:
+        x = watched.get(linear.name)
+        if x is None or x.grad is None:
+            raise ValueError(f"{linear.name}: no watched input with a gradient; importance is estimated after both")
+        features = salience(x, x.grad).view(stack.clients, -1, group_width(linear, shape))
+        return stack.widths.groups(linear).spread(features.sum(dim=2))
+
+    return _collect(stack, [one for one in prunable_linears(shape) if one.role in COLUMN_PRUNED], sums)
+
+
+def _collect(
+    stack: CohortStack, linears: Sequence[PrunableLinear], sums: Callable[[PrunableLinear], torch.Tensor]
+) -> CohortScores:
+    """Group sums ``(C, groups)`` of each Linear, normalised by client and Linear, members added; NaN as above."""
+    widths, shape, device = stack.widths, stack.base.backbone.shape, stack.base.backbone.device
     masks = torch.from_numpy(np.concatenate([widths.head_masks, widths.channel_masks], axis=2)).to(device)
     totals = torch.zeros(masks.shape, dtype=torch.float64, device=device)
-    for linear in base.targets:
-        groups = _group_sums(stack, linear)
+    for linear in linears:
         columns = slice(shape.head_groups) if linear.role in HEAD_ROLES else slice(shape.head_groups, None)
         # What a mask hides must not enter the norm either.
-        groups = groups * masks[:, linear.layer, columns]
+        groups = sums(linear) * masks[:, linear.layer, columns]
         norm = torch.linalg.vector_norm(groups, dim=1, keepdim=True)
         totals[:, linear.layer, columns] += groups / torch.where(norm > 0.0, norm, torch.ones_like(norm))
     finite = totals.isfinite().all(dim=2).all(dim=1)
@@ -111,6 +136,7 @@ def lora_guided_cohort(stack: CohortStack) -> CohortScores:
 
 
 ESTIMATES[lora_guided] = lora_guided_cohort
+ESTIMATES[activation_gradient] = activation_gradient_cohort
 
 
 def _group_sums(stack: CohortStack, linear: PrunableLinear) -> torch.Tensor:

@@ -64,6 +64,8 @@ class CohortStack:
         factors: by Linear ``A (C, r, i)`` and ``B' (C, r, o)``, r the highest rank; lower ranks end in zeros, whose
             gradients are zero.
         head: ``(C, ...)`` by parameter name.
+        watched: where not None, forward passes put in what the column-pruned Linears read ``(C, T, features)``, by
+            name, so that it gets a gradient.
     """
 
     def __init__(self, base: Base, adapter: Adapter, members: Sequence[Member]) -> None:
@@ -73,6 +75,7 @@ class CohortStack:
         if set(adapter.factors) != {linear.name for linear in base.targets}:
             raise ValueError(f"adapter has factors for {len(adapter.factors)} linears, not for {len(base.targets)}")
         self.base = base
+        self.watched: dict[str, torch.Tensor] | None = None
         self._full = {
             name: (with_merged(weight, adapter.merged.get(name)), bias) for name, (weight, bias) in base.frozen.items()
         }

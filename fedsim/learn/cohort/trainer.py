@@ -90,10 +90,12 @@ class CohortTrainer:
             if request.prune and step == prune_at:
                 prune()
             optimizer.zero_grad(set_to_none=True)
+            estimates = request.estimate and (step + 1) % rule.importance_every == 0
+            stack.watched = {} if estimates and rule.criterion is not None and rule.criterion.watches else None
             losses = model.losses(batch, stack)
             finite &= losses.detach().isfinite()
             losses.sum().backward()
-            if self._estimate is not None and (step + 1) % rule.importance_every == 0:
+            if self._estimate is not None and estimates:
                 scores = scores.smoothed(self._estimate(stack), steps=rule.importance_every)
                 estimated = True
             if step == request.local_steps - 1:
@@ -101,6 +103,7 @@ class CohortTrainer:
             optimizer.step()
         if request.prune and prune_at == request.local_steps:
             prune()
+        stack.watched = None
         loss_after = self._probe(stack, probe)
         return self._updates(jobs, stack, scores if estimated else None, (loss_before, loss_after, importance, finite))
 
