@@ -10,9 +10,9 @@ Unspecified there, or read through secondary notes; we chose:
 * s (``control.exploration``) is sqrt 2 and the cut is at the played point unless the configuration says otherwise.
 * ``control.arms`` may be ``offset`` too, as for S-UCB; ``control.smooth`` has no meaning here.
 * Infeasible regions (pruning that cannot be undone) take no part; n in the bound is the sum of N over the feasible.
-* A region is cut at its first rewarded play, so all it held before was cut off with it and lies at its lower end: the
-  lower part keeps those statistics, the part in which the new play lies gets that play. A play within 1% of an end
-  cuts in the middle. An untried region has an infinite bound; ties are drawn.
+* A region is cut at its first rewarded play, so what it holds by then is the play at which it was cut off: that goes to
+  the part in which it lies, and the new play to its own. A play within 1% of an end cuts in the middle; two plays that
+  near to each other count as one place. An untried region has an infinite bound; ties are drawn.
 * Every N and S of a device *that played* is discounted, whether its update arrived or not; where none arrived nothing
   is credited or cut.
 """
@@ -46,6 +46,7 @@ class EUcb:
         self._lower[0], self._upper[0] = 0.0, 1.0
         self._count = np.zeros((_FIRST_REGIONS, clients))
         self._reward = np.zeros((_FIRST_REGIONS, clients))
+        self._place = np.zeros((_FIRST_REGIONS, clients))  # of the play last credited
         self._regions = np.ones(clients, dtype=np.int64)
         self._played = np.zeros(clients, dtype=np.int64)
         self._point = np.zeros(clients)
@@ -77,6 +78,7 @@ class EUcb:
         rewarded = feedback.arrived & np.isfinite(feedback.reward)
         ids = ids[rewarded]
         region = self._cut(ids, self._played[ids])
+        self._place[region, ids] = self._point[ids]
         self._count[region, ids] += 1.0
         self._reward[region, ids] += feedback.reward[rewarded]
 
@@ -93,6 +95,11 @@ class EUcb:
         at = cut_point(start[long], end[long], point, self._settings)
         self._lower[new, ids], self._upper[new, ids] = at, end[long]
         self._upper[cut, ids] = at
+        self._place[new, ids] = self._place[cut, ids]
+        moves = self._place[cut, ids] >= at
+        for held in (self._count, self._reward):
+            held[new, ids] = np.where(moves, held[cut, ids], 0.0)
+            held[cut, ids] = np.where(moves, 0.0, held[cut, ids])
         self._regions[ids] += 1
         holds = region.copy()
         holds[long] = np.where(point >= at, new, cut)
@@ -102,6 +109,7 @@ class EUcb:
         """Double the room for regions."""
         self._lower, self._upper = doubled(self._lower, np.inf), doubled(self._upper, -np.inf)
         self._count, self._reward = doubled(self._count, 0.0), doubled(self._reward, 0.0)
+        self._place = doubled(self._place, 0.0)
 
     def state(self) -> State:
         """Arrays for the checkpoint."""
@@ -110,6 +118,7 @@ class EUcb:
             "upper": self._upper.copy(),
             "count": self._count.copy(),
             "reward": self._reward.copy(),
+            "place": self._place.copy(),
             "regions": self._regions.copy(),
             "played": self._played.copy(),
             "point": self._point.copy(),
@@ -121,6 +130,7 @@ class EUcb:
         self._lower = take(state, "lower", self._count)
         self._upper = take(state, "upper", self._count)
         self._reward = take(state, "reward", self._count)
+        self._place = take(state, "place", self._count)
         self._regions = take(state, "regions", self._regions)
         self._played = take(state, "played", self._played)
         self._point = take(state, "point", self._point)
