@@ -42,7 +42,7 @@ LEARNED = ["loss_before", "loss_after", "reward"]
 
 @pytest.mark.parametrize("engine", ["auto", "masked"])
 def test_engines_agree_on_a_whole_run(auto, reference, tmp_path, engine):
-    """The policy is `uniform`, which reads no losses: the clock is equal to the bit, learning to rounding (1e-7 was measured)."""
+    """The policy is `uniform`, which reads no losses: equal clocks to the bit, learning to rounding (1e-7)."""
     mine = auto if engine == "auto" else run(tmp_path / engine, **{"train.engine": engine})
     assert mine.manifest["trace_hash"] == reference.manifest["trace_hash"]
     rows, want = mine.client_rounds, reference.client_rounds
