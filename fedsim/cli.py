@@ -131,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="write a model of a finished run for plain transformers and peft",
-        description="Write one client's pruned model, or the consensus, with the run's LoRA; the folder's README.md says "
-        "how to load it.",
+        description="Write one client's pruned model, or the consensus, with the run's LoRA. The folder's README.md "
+        "says how to load it.",
     )
     export.add_argument("run", metavar="RUN", type=Path, help="run directory, finished")
     whose = export.add_mutually_exclusive_group(required=True)

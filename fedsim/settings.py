@@ -26,10 +26,12 @@ class Section(BaseModel):
 
 
 class RecordSettings(Section):
-    """What is written beside ``rounds.parquet``."""
+    """What is written beside ``rounds.parquet``. Trackers follow a run and have no part in its configuration hash."""
 
     events: bool = True
     client_rounds: bool = True
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    wandb_mode: Literal["offline", "online"] = "offline"
 
 
 class ModelSettings(Section):

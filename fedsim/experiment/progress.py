@@ -35,6 +35,10 @@ class Progress:
         if not self._quiet:
             tqdm.write(f"{self._label}: {line}", file=sys.stderr)
 
+    def warn(self, line: str) -> None:
+        """A line that shows even where progress does not."""
+        tqdm.write(f"{self._label}: {line}", file=sys.stderr)
+
     def __enter__(self) -> Progress:
         if self._is_terminal and not self._quiet:
             self._bar = tqdm(total=self._rounds, initial=self._done, desc=self._label, unit="round", file=sys.stderr)

@@ -43,7 +43,8 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         return f"{len(get_args(annotation))} numbers"
     if origin is list:
-        return "list of names"
+        (item,) = get_args(annotation)
+        return f"list of {_allowed(item, [])}" if get_origin(item) is Literal else "list of names"
     name = {int: "integer", float: "number", str: "text", bool: "true, false", type(None): "null"}[annotation]
     bounds = [
         f"{words} {getattr(item, sign):g}" for item in metadata for sign, words in _SIGNS.items() if hasattr(item, sign)

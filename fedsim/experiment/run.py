@@ -17,9 +17,10 @@ from fedsim.experiment.build import Experiment, build
 from fedsim.experiment.checkpoint import CheckpointPace, has_checkpoint, load_checkpoint, save_checkpoint
 from fedsim.experiment.config import build_config, config_hash, config_yaml, find_config, read_tree
 from fedsim.experiment.progress import Progress
-from fedsim.experiment.records import RecordWriter
+from fedsim.experiment.records import RecordWriter, round_row
 from fedsim.experiment.results import Run, load
 from fedsim.experiment.rundir import CHECKPOINT, MANIFEST, PARTS, RunDirectory, check_usable
+from fedsim.experiment.trackers import check_trackers, open_trackers
 from fedsim.methods.catalogue import method_named
 from fedsim.resources import resource_folder
 from fedsim.rng import Stream, generator
@@ -106,7 +107,7 @@ def _same_config(directory: RunDirectory, asked: Config) -> Config:
             f"run '{directory.path}' was started with another configuration (it differs in: {', '.join(changed)}); "
             "resume it with the same one, or start afresh with --force"
         )
-    return kept
+    return asked  # equal but for trackers, which may change between two processes of a run
 
 
 def _same_draw(directory: RunDirectory, asked: int | None) -> None:
@@ -132,6 +133,7 @@ def _same_inputs(directory: RunDirectory, experiment: Experiment) -> None:
 
 
 def _prepare(config: Config, quiet: bool, profile_draw: int | None, done: int) -> tuple[Experiment, Progress]:
+    check_trackers(config.records)
     mark = " [surrogate]" if config.train.engine == "surrogate" else ""
     progress = Progress(f"{config.method} seed {config.seed}{mark}", config.server.rounds, done, quiet)
     return build(config, progress.say, perturbation(config.seed, profile_draw)), progress
@@ -164,13 +166,17 @@ def _simulate(
     config, federation = experiment.config, experiment.federation
     writer = RecordWriter(directory.path, config.records, next_round=start.next_round)
     pace = CheckpointPace(config.server.checkpoint_every)
+    trackers = open_trackers(directory.path, config.records, start.next_round, progress.warn)
     began_s = time.perf_counter() - spent_s
     round_began_s = time.perf_counter()
 
     def on_round(plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: TraceBlock) -> None:
         nonlocal round_began_s
         now_s = time.perf_counter()
-        writer.append_round(plan, report, learning, block, host_s=now_s - round_began_s)
+        spent_round_s = now_s - round_began_s
+        writer.append_round(plan, report, learning, block, host_s=spent_round_s)
+        if trackers:
+            trackers.round(round_row(plan, report, learning, spent_round_s).to_pylist()[0])
         round_began_s = now_s
         after = state_after(config.server, report, learning, block)
         if finished(config.server, after) or pace.due(after.next_round, now_s):
@@ -186,25 +192,27 @@ def _simulate(
             pace.wrote(now_s, time.perf_counter())
         progress.round_done(report, learning)
 
-    with progress:
+    trackers.start(config.model_dump(mode="json"), directory.manifest)
+    with progress, trackers:
         end = simulate(experiment.fleet, federation, config.server, config.seed, on_round, start)
-    # In this order: killed in between, the parts are still there and a resumed run joins them again.
-    writer.join()
-    federation.export(directory.path / "adapter")
-    sparsity = federation.final_sparsity()
-    directory.write_manifest(
-        {
-            **directory.manifest,
-            "status": "finished",
-            "rounds": end.next_round,
-            "trace_hash": end.trace_hash,
-            "simulated_s": end.now_s,
-            "host_s": time.perf_counter() - began_s,
-            "final_prune_ratio": {"mean": sparsity.mean, "low": sparsity.low, "high": sparsity.high},
-            "final_whole_model_sparsity": sparsity.mean * experiment.prunable_fraction,
-        }
-    )
-    writer.remove_parts()
+        # In this order: killed in between, the parts are still there and a resumed run joins them again.
+        writer.join()
+        federation.export(directory.path / "adapter")
+        sparsity = federation.final_sparsity()
+        directory.write_manifest(
+            {
+                **directory.manifest,
+                "status": "finished",
+                "rounds": end.next_round,
+                "trace_hash": end.trace_hash,
+                "simulated_s": end.now_s,
+                "host_s": time.perf_counter() - began_s,
+                "final_prune_ratio": {"mean": sparsity.mean, "low": sparsity.low, "high": sparsity.high},
+                "final_whole_model_sparsity": sparsity.mean * experiment.prunable_fraction,
+            }
+        )
+        writer.remove_parts()
+        trackers.finish(directory.manifest)
 
 
 def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | None) -> dict[str, object]:

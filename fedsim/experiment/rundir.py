@@ -30,7 +30,7 @@ SWEEP_BOOK = "sweep.json"
 TEMPORARY_SUFFIX = ".tmp"
 
 _OWN_FILES = (MANIFEST, CONFIG, "rounds.parquet", "client_rounds.parquet", "events.parquet")
-_OWN_FOLDERS = (PARTS, CHECKPOINT, "adapter")
+_OWN_FOLDERS = (PARTS, CHECKPOINT, "adapter", "tensorboard", "wandb")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
