@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,10 @@ from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
 from fedsim.plots.figures import PANELS, SURROGATE
-from fedsim.plots.style import canvas, caption, save, styles
+from fedsim.plots.style import Sink, canvas, caption, save, styles
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ARM_COLUMNS = [
     "round",
@@ -61,11 +64,14 @@ def write_regret_figures(runs: Sequence[Run], out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         table = summary(groups, known)
         table.to_csv(out / "regret_summary.csv", index=False, lineterminator="\n")
-    return [
-        out / "regret_summary.csv",
-        *_draw_cumulative(groups, known, text, mark, out),
-        *_draw_arms(groups, known, text, mark, out),
-    ]
+    written = [out / "regret_summary.csv"]
+
+    def sink(figure: Figure, frame: pd.DataFrame, name: str, mark: str | None) -> None:
+        written.extend(save(figure, frame, out, name, mark))
+
+    draw_cumulative_regret(groups, known, text, mark, sink)
+    _draw_arms(groups, known, text, mark, sink)
+    return written
 
 
 def summary(groups: Sequence[Group], known: dict[Path, Regret]) -> pd.DataFrame:
@@ -100,12 +106,15 @@ def _named_shortly(groups: Sequence[Group]) -> list[Group]:
     return list(groups)
 
 
-def _draw_cumulative(
-    groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, out: Path
-) -> list[Path]:
+def draw_cumulative_regret(
+    groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, sink: Sink
+) -> None:
+    """Seconds lost against the oracle, added up over rounds; runs that `known` does not hold are left out."""
     tables = []
     for group in groups:
         for (seed, draw), run in group.runs.items():
+            if run.path not in known:
+                continue
             own = known[run.path].rounds
             tables.append(
                 pd.DataFrame({"method": group.label, "seed": seed, "profile_draw": draw}, own.index).join(own)
@@ -135,12 +144,10 @@ def _draw_cumulative(
         axes.legend(ncols=min(3, len(groups) + 1), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         seeds = "Bold: mean over seeds; thin: each seed. " if several else ""
         caption(figure, f"Expected times, jitter left out; the oracle at each run's own mean ratio. {seeds}{text}")
-        return save(figure, frame, out, "cumulative_regret", mark)
+        sink(figure, frame, "cumulative_regret", mark)
 
 
-def _draw_arms(
-    groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, out: Path
-) -> list[Path]:
+def _draw_arms(groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, sink: Sink) -> None:
     firsts = [(group, *next(iter(group.runs.items()))) for group in groups]
     classes = frames.class_order(frames.first_client_rounds(groups))
     tables = []
@@ -179,7 +186,7 @@ def _draw_arms(
             figure,
             f"One line per device, slowest class on top; blank: not taking part. First seed of each: {seeds}. {text}",
         )
-        return save(figure, frame, out, "arms_over_time", mark)
+        sink(figure, frame, "arms_over_time", mark)
 
 
 def _draw_map(
