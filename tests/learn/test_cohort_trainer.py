@@ -89,6 +89,7 @@ VARIANTS = {
     "a ready mask": (rule(), {"mask": "uneven"}),
     "a static criterion": (rule("magnitude"), {"guide": "magnitude", "scores": None}),
     "a random criterion": (rule("random"), {"guide": "random", "scores": None}),
+    "activations times gradients": (rule("activation_gradient", importance_every=2), {"recovery": 1, "scores": "own"}),
     "no criterion": (rule(None), {"prune": False, "scores": None, "ratio": 0.0}),
 }
 

@@ -42,7 +42,6 @@ SCENARIOS = {
         "roberta",
         {"model.pooling": "mean", "prune.structure": "common", "prune.reversible": True, "prune.importance_every": 3},
     ),
-    "one mask for ever": ("roberta", {"prune.structure": "common", "prune.reversible": False}),
     "unequal layers": (
         "llama",
         {"prune.selection": "global", "train.recovery_steps": 0, "prune.reversible": False},
@@ -59,7 +58,10 @@ SCENARIOS = {
         "roberta",
         {"method": "fedlora", "model.lora_targets": ["query", "value"], "aggregate.rule": "average_factors"},
     ),
-    "no pruning, ranks above the adapter's": ("llama", {"method": "fedlora", "aggregate.rule": "lowrank"}),
+    "no pruning, ranks above the adapter's": (
+        "bert",
+        {"method": "fedlora", "model.pooling": "mean", "aggregate.rule": "lowrank"},
+    ),
 }
 
 
