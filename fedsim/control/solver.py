@@ -27,7 +27,8 @@ def ratio_grid(context: RoundContext) -> FloatArray:
     Of those beyond every client's bounds only the nearest on each side stays: clipped, they would all be the same.
     """
     cap = max(context.ratio_max, float(context.ratio_high.max()))
-    grid = np.linspace(0.0, cap, max(1, int(np.ceil(cap / GRID_STEP - 1e-9))) + 1)
+    steps = max(1, int(np.ceil(cap / GRID_STEP - 1e-9))) if cap > 0 else 0
+    grid = np.linspace(0.0, cap, steps + 1)
     last_below = grid.searchsorted(context.ratio_low.min(), side="right") - 1
     first_above = grid.searchsorted(context.ratio_high.max(), side="left")
     return grid[last_below : first_above + 1]

@@ -17,35 +17,32 @@
 * Cold-start cost = regret of the first rounds that may prune (of any round, for methods that do not prune): as many as
   it takes each device to take part `COLD_PARTICIPATIONS` times on average.
 
-Where updates were lost in the run they are lost to the oracle too. Under ``global`` selection the kept counts of layers
-are not recorded: both sides are priced as if every layer lost the same share.
+Where updates were lost in the run they are lost to the oracle too. Not recorded, so priced alike on both sides: kept
+counts of layers under ``global`` selection (as if all lost the same share), and a classifier of more than two outputs
+(as one of two).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from fedsim.control.balanced import Oracle
-from fedsim.control.reward import RewardModel
-from fedsim.cost.ask import ShapeAsk
-from fedsim.cost.shapes import load_shape
 from fedsim.errors import RunError
-from fedsim.experiment.build import build_ask, participants_per_round
+from fedsim.experiment.build import build, participants_per_round
 from fedsim.experiment.config import build_config
 from fedsim.experiment.results import Run
 from fedsim.experiment.run import perturbation
 from fedsim.methods.catalogue import method_named
-from fedsim.methods.federation import Federation, Parts
-from fedsim.methods.timing import TimingLearner
+from fedsim.methods.federation import Federation
 from fedsim.settings import Config
-from fedsim.sim.fleet import Fleet, load_fleet
+from fedsim.sim.fleet import Fleet
 from fedsim.sim.protocol import sample_clients
 from fedsim.sim.rounds import ArrayRounds
-from fedsim.sim.timeline import Timeline, Trips, report_of, trips_of
+from fedsim.sim.timeline import report_of, trips_of
 from fedsim.sim.trace import Trace
 from fedsim.specs import Arms, Feedback, FloatArray, Outcome, Policy, RoundContext, RoundPlan, State
 
@@ -117,8 +114,7 @@ def regret(run: Run) -> Regret:
     if rows.empty:
         raise RunError(f"run '{run.path}' has no rounds yet: there is no regret to tell")
     config = build_config(run.config)
-    fleet, ask, oracle = _rebuilt(run, config, rows)
-    asked = np.zeros(fleet.clients)
+    fleet, played, oracle = _rebuilt(run, config, rows)
     round_rows: list[dict[str, float]] = []
     tables: list[pd.DataFrame] = []
     for index, own in _by_round(rows):
@@ -129,22 +125,13 @@ def regret(run: Run) -> Regret:
                 f"run '{run.path}': the clients recorded in round {index} are not those that its configuration draws "
                 "(another version of fedsim, or a fleet file that has changed)"
             )
-        ratio, rank = own["prune_ratio_target"].to_numpy(), own["lora_rank"].to_numpy()
-        before = asked[clients]
-        played = RoundPlan(index, clients, before, ratio, rank, ask.work(before, ratio, rank))
-        best = oracle.open_round(index, clients)
-        deadline_s = config.server.deadline_s
-        _, played_s, duration_s = _expected(fleet, played, quota, deadline_s)
-        end, best_s, best_duration_s = _expected(fleet, best, quota, deadline_s)
-        arrived = own["outcome"].to_numpy() == Outcome.OK.label
-        outcome = np.where(arrived, Outcome.OK, Outcome.DROPPED).astype(np.int64)
-        oracle.close_round(replace(report_of(fleet, *end), outcome=outcome))
-        asked[clients[arrived]] = ratio[arrived]
+        plan, played_s, duration_s = _play(played, fleet, config, index, quota, own)
+        best, best_s, best_duration_s = _play(oracle, fleet, config, index, quota, own)
         round_rows.append(
             {
                 "round": index,
                 "participants": len(clients),
-                "prune_ratio_mean": ratio.mean(),
+                "prune_ratio_mean": plan.ratio_target.mean(),
                 "oracle_prune_ratio_mean": best.ratio_target.mean(),
                 "expected_s": duration_s,
                 "oracle_s": best_duration_s,
@@ -185,40 +172,58 @@ def _result(config: Config, fleet: Fleet, rounds: pd.DataFrame, arms: pd.DataFra
     return Regret(rounds, devices, arms, first, max(0, min(asked, len(rounds) - first)))
 
 
-def _rebuilt(run: Run, config: Config, rows: pd.DataFrame) -> tuple[Fleet, ShapeAsk, Federation]:
-    """The run's fleet without jitter, what its arms ask, and its federation with the oracle in the policy's place."""
-    method = method_named(config.method)
+def _rebuilt(run: Run, config: Config, rows: pd.DataFrame) -> tuple[Fleet, Federation, Federation]:
+    """The run's fleet without jitter, and its federation twice: with the recorded arms, and with the oracle."""
+    calm = config.model_copy(
+        update={
+            # The rounds are the recorded ones, however they ended; nothing is trained.
+            "server": config.server.model_copy(update={"time_budget_s": None}),
+            "prune": config.prune.model_copy(update={"selection": "layer_local"}),
+            "train": config.train.model_copy(update={"engine": "none", "surrogate": None}),
+        }
+    )
     draw = run.manifest.get("profile_draw")
-    fleet = load_fleet(config.fleet, config.cost.precision, config.seed, perturbation(config.seed, draw))
+    experiment = build(calm, lambda line: None, perturbation(config.seed, draw))
+    fleet = experiment.fleet
     links = replace(fleet.links, jitter_sigma=np.zeros_like(fleet.links.jitter_sigma))
     fleet = replace(fleet, links=links, compute_jitter_sigma=0.0)
-    labels = len((run.manifest.get("data") or {}).get("label_names") or ()) or 2
-    shape = load_shape(config.model.name, labels)
-    ask = build_ask(config, method, shape, load_shape(config.cost.model, labels) if config.cost.model else shape)
-    parts = Parts(
-        # The oracle follows the run's rounds, however they ended; its jobs are priced as the run's are here.
-        config=config.model_copy(
-            update={
-                "server": config.server.model_copy(update={"time_budget_s": None}),
-                "prune": config.prune.model_copy(update={"selection": "layer_local"}),
-            }
-        ),
-        method=method,
-        learner=TimingLearner(shape),
-        policy=_AtPlayedMean(
-            Oracle(ask=ask, expected_time=fleet.expected_seconds),
-            rows.groupby("round")["prune_ratio_target"].mean().to_dict(),
-        ),
-        reward=RewardModel(config.reward, fleet.clients),
-        ask=ask,
-        clients=fleet.clients,
-        participants=participants_per_round(config, fleet.clients),
-        panel=np.zeros(0, dtype=np.int64),
+    parts = experiment.federation._parts
+    oracle = Oracle(ask=parts.ask, expected_time=fleet.expected_seconds)
+    means = rows.groupby("round")["prune_ratio_target"].mean().to_dict()
+    return (
+        fleet,
+        Federation(replace(parts, policy=_Recorded(rows))),
+        Federation(replace(parts, policy=_AtPlayedMean(oracle, means))),
     )
-    return fleet, ask, Federation(parts)
 
 
-class _AtPlayedMean:
+class _LearnsNothing:
+    """What both replaying policies share."""
+
+    def update(self, feedback: Feedback) -> None:
+        """Nothing to learn."""
+
+    def state(self) -> State:
+        """No state."""
+        return {}
+
+    def restore(self, state: State) -> None:
+        """No state."""
+
+
+class _Recorded(_LearnsNothing):
+    """The arms that the run recorded."""
+
+    def __init__(self, rows: pd.DataFrame) -> None:
+        self._rounds = dict(_by_round(rows))
+
+    def select(self, context: RoundContext) -> Arms:
+        """The arms of that round."""
+        own = self._rounds[context.round_index]
+        return Arms(ratio=own["prune_ratio_target"].to_numpy(), rank=own["lora_rank"].to_numpy())
+
+
+class _AtPlayedMean(_LearnsNothing):
     """The oracle at the run's own mean ratio of each round, where that is not the schedule itself."""
 
     def __init__(self, oracle: Policy, mean_ratio: dict[int, float]) -> None:
@@ -234,27 +239,25 @@ class _AtPlayedMean:
             context = replace(context, schedule_ratio=mean)
         return self._oracle.select(context)
 
-    def update(self, feedback: Feedback) -> None:
-        """Nothing to learn."""
 
-    def state(self) -> State:
-        """No state."""
-        return {}
+def _play(
+    federation: Federation, fleet: Fleet, config: Config, index: int, quota: int, own: pd.DataFrame
+) -> tuple[RoundPlan, FloatArray, float]:
+    """One round from second 0: the plan, each client's seconds if nothing cuts them, and the round's duration.
 
-    def restore(self, state: State) -> None:
-        """No state."""
-
-
-def _expected(
-    fleet: Fleet, plan: RoundPlan, quota: int, deadline_s: float | None
-) -> tuple[tuple[Trips, Timeline], FloatArray, float]:
-    """A round from second 0 on the fleet without jitter: its course, each client's seconds uncut, its duration."""
-    work = plan.work
-    columns = {one.name: np.broadcast_to(getattr(work, one.name), plan.clients.shape) for one in fields(work)}
-    trips = trips_of(fleet, replace(plan, work=replace(work, **columns)))
-    timeline = ArrayRounds().play(trips, 0.0, quota, deadline_s, Trace())
-    time_s = trips.download_s + np.where(trips.fits_memory, trips.compute_s + trips.upload_s, 0.0)
-    return (trips, timeline), time_s, timeline.end_s
+    Args:
+        own: the round's records: the updates that arrived in the run are those that arrive here.
+    """
+    plan = federation.open_round(index, own["client"].to_numpy())
+    trips = trips_of(fleet, plan)
+    timeline = ArrayRounds().play(trips, 0.0, quota, config.server.deadline_s, Trace())
+    arrived = own["outcome"].to_numpy() == Outcome.OK.label
+    outcome = np.where(arrived, Outcome.OK, Outcome.DROPPED).astype(np.int64)
+    federation.close_round(replace(report_of(fleet, trips, timeline), outcome=outcome))
+    # Summed in the order in which the round is, so that the slowest client's time is the round's to the last bit.
+    whole_s = trips.download_s + trips.compute_s + trips.upload_s
+    time_s = np.where(trips.fits_memory, whole_s, trips.download_s)
+    return plan, time_s, timeline.end_s
 
 
 def _by_round(rows: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:

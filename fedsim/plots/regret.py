@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -174,7 +175,7 @@ def _draw_arms(groups: Sequence[Group], known: dict[Path, Regret], text: str, ma
                     own = frame[frame["method"] == groups[place].label]
                     image = _draw_map(axes, own, name, classes, levels, name_classes=place == first)
                     if kind == 0:
-                        axes.set_title(groups[place].label)
+                        axes.set_title(textwrap.fill(groups[place].label, 26))
                     elif place + columns >= len(groups):
                         axes.tick_params(labelbottom=True)
                         axes.set_xlabel("round")

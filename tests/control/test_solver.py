@@ -162,3 +162,19 @@ def test_grid_covers_all_bounds_and_nothing_beyond_them():
     np.testing.assert_array_equal(grid([0.0, 0.0], [0.0, 0.0]), [0.0])
     # The points next to the bounds stay: clipped, they are the bounds.
     np.testing.assert_allclose(grid([0.304, 0.33], [0.315, 0.336]), [0.30, 0.31, 0.32, 0.33, 0.34])
+
+
+def test_a_fleet_that_is_not_pruned_is_levelled_by_rank_alone():
+    fleet, ask, nothing = ToyFleet(6, 3), ToyAsk(), np.zeros(6)
+    context = RoundContext(0, np.arange(6), nothing, nothing, nothing, 0.0, 0.0, 0.1)
+    np.testing.assert_array_equal(ratio_grid(context), [0.0])
+
+    def times(clients, work):
+        return fleet.expected(0, clients, work)
+
+    arms = level(context, ask, times)
+    np.testing.assert_array_equal(arms.ratio, nothing)
+    fastest_s = times(context.clients, ask.work(nothing, nothing, nothing + 2))
+    assert arms.rank[np.argmax(fastest_s)] == 2
+    assert arms.rank.max() > 2
+    assert times(context.clients, ask.work(nothing, nothing, arms.rank)).max() == fastest_s.max()

@@ -1,0 +1,78 @@
+"""The regret figures: which files, the numbers beside them, and how runs are named."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import fedsim
+from fedsim.errors import RunError
+from fedsim.experiment.regret import regret
+from fedsim.plots import write_regret_figures
+
+TIMING = {
+    "method": "fedspine",
+    "records": {"events": False},
+    "model": {"name": "roberta-base", "lora_rank": 8},
+    "fleet": {"clients": 8},
+    "server": {"rounds": 8, "clients_per_round": 6, "checkpoint_every": 8},
+    "train": {"engine": "none", "max_length": 128},
+    "prune": {"warmup_rounds": 2, "end_round": 6},
+}
+KINDS = {"png": b"\x89PNG", "pdf": b"%PDF", "csv": b"method,"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        fedsim.run(TIMING, out=folder / f"{policy}-{seed}", quiet=True, **{"control.policy": policy, "seed": seed})
+        for policy in ("e_ucb", "uniform")
+        for seed in (0, 1)
+    ]
+
+
+def test_files_and_the_numbers_beside_them(runs, tmp_path):
+    written = write_regret_figures(runs, tmp_path)
+    names = [f"{name}.{kind}" for name in ("cumulative_regret", "arms_over_time") for kind in KINDS]
+    assert sorted(path.name for path in written) == sorted([*names, "regret_summary.csv"])
+    for path in written:
+        assert path.read_bytes().startswith(KINDS[path.suffix[1:]])
+    lost = pd.read_csv(tmp_path / "cumulative_regret.csv")
+    arms = pd.read_csv(tmp_path / "arms_over_time.csv")
+    totals = pd.read_csv(tmp_path / "regret_summary.csv").set_index(["method", "seed"])
+    assert list(dict.fromkeys(lost["method"])) == ["e_ucb", "uniform"]
+    for run in runs:
+        own, policy = regret(run), run.config["control"]["policy"]
+        rows = lost[(lost["method"] == policy) & (lost["seed"] == run.seed)]
+        np.testing.assert_allclose(rows["cumulative_regret_s"], own.rounds["cumulative_regret_s"])
+        assert totals.loc[(policy, run.seed), "total_s"] == pytest.approx(own.total_s)
+        assert totals.loc[(policy, run.seed), "cold_start_s"] == pytest.approx(own.cold_start_s)
+        drawn = arms[(arms["method"] == policy) & (arms["seed"] == run.seed)]
+        assert len(drawn) == (len(run.client_rounds) if run.seed == 0 else 0)
+    drawn = arms[arms["method"] == "e_ucb"]
+    np.testing.assert_array_equal(drawn["prune_ratio_target"], runs[0].client_rounds["prune_ratio_target"])
+
+
+def test_equal_runs_give_equal_files(runs, tmp_path):
+    first, again = (write_regret_figures(runs[:1], tmp_path / name) for name in ("one", "two"))
+    for one, other in zip(first, again, strict=True):
+        assert one.name == other.name
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_more_methods_than_a_row_and_runs_without_clients(runs, tmp_path):
+    """Methods of several kinds are named by method; a run without client records is left out, or refused alone."""
+    others = [
+        fedsim.run(TIMING, out=tmp_path / name, quiet=True, method=name, **{"control.policy": "uniform"})
+        for name in ("fedlora", "fedspine_uniform", "fedspine_balanced")
+    ]
+    bare = fedsim.run(TIMING, out=tmp_path / "bare", quiet=True, **{"records.client_rounds": False})
+    write_regret_figures([*runs, *others, bare], tmp_path / "out")
+    methods = set(pd.read_csv(tmp_path / "out" / "regret_summary.csv")["method"])
+    assert len(methods) == 5
+    assert {"fedlora", "fedspine_uniform"} <= methods
+    with pytest.raises(RunError, match="no regret to draw"):
+        write_regret_figures([bare], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
