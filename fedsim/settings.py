@@ -101,6 +101,8 @@ class TrainSettings(Section):
 
     ``local_steps`` is the paper's tau. ``recovery_steps`` (null: a quarter of tau) run after pruning, taken from tau.
     ``surrogate`` is the file of a fitted loss model (``fedsim fit-surrogate``), for ``engine: surrogate`` alone.
+    Rank self-pruning (HETLoRA): with ``rank_decay`` below 1 a client whose last LoRA components shrank in its job gives
+    them up and keeps that share of its rank; ``rank_penalty`` weighs those components' norm in its loss.
     """
 
     local_steps: Positive = 20
@@ -115,10 +117,16 @@ class TrainSettings(Section):
     memory_budget_bytes: Positive | None = None
     torch_device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    rank_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    rank_penalty: NonNegativeFloat = 0.0
 
 
 class PruneSettings(Section):
-    """Structured pruning: target, schedule and criterion. Rounds left null take a share of ``server.rounds``."""
+    """Structured pruning: target, schedule and criterion. Rounds left null take a share of ``server.rounds``.
+
+    ``recovery_rounds`` come after the cut of a method that prunes when it has tuned (``tune_then_prune``), and are
+    taken from ``server.rounds``.
+    """
 
     target: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
     target_scope: Literal["fleet_mean", "every_device"] = "every_device"
@@ -131,6 +139,7 @@ class PruneSettings(Section):
     warmup_rounds: NonNegative | None = None
     end_round: Positive | None = None
     max_step: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    recovery_rounds: NonNegative = 0
 
 
 class AggregateSettings(Section):

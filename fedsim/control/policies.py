@@ -10,13 +10,15 @@ import numpy as np
 from fedsim.control.balanced import Balanced, Oracle
 from fedsim.control.eucb import EUcb
 from fedsim.control.grid_ucb import d_ucb_grid
+from fedsim.control.rank_growth import RankGrowth
 from fedsim.control.recentre import recentre
+from fedsim.control.static_rank import StaticRank
 from fedsim.control.sucb import SUcb
 from fedsim.control.thompson import thompson
 from fedsim.errors import ConfigError, unknown
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
-from fedsim.specs import Arms, Ask, ExpectedTime, Feedback, Policy, RoundContext, State
+from fedsim.specs import Arms, Ask, ExpectedTime, Feedback, IntArray, Policy, RoundContext, State
 
 __all__ = [
     "POLICIES",
@@ -84,6 +86,7 @@ class PolicyInputs:
         seed: the run's root seed.
         fixed_rank: LoRA rank of policies that do not choose one.
         expected_time: true expected times, for `oracle` only.
+        speed_class: each client's device class, 0 the slowest, for `static_rank` only.
     """
 
     settings: ControlSettings
@@ -92,6 +95,7 @@ class PolicyInputs:
     seed: int
     fixed_rank: int
     expected_time: ExpectedTime | None
+    speed_class: IntArray | None = None
 
 
 PolicyFactory = Callable[[PolicyInputs], Policy]
@@ -116,12 +120,20 @@ def _oracle(inputs: PolicyInputs) -> Policy:
     return Oracle(ask=inputs.ask, expected_time=inputs.expected_time)
 
 
+def _static_rank(inputs: PolicyInputs) -> Policy:
+    if inputs.speed_class is None:
+        raise ConfigError("control.policy 'static_rank' needs the devices' classes, and this run offers none")
+    return StaticRank(inputs.ask.ranks, inputs.speed_class)
+
+
 POLICIES: dict[str, PolicyFactory] = {
     "balanced": lambda inputs: Balanced(clients=inputs.clients, ask=inputs.ask),
     "d_ucb_grid": _d_ucb_grid,
     "e_ucb": _e_ucb,
     "oracle": _oracle,
     "random": lambda inputs: Random(inputs.ask, inputs.seed),
+    "rank_growth": lambda inputs: RankGrowth(inputs.ask.ranks, inputs.fixed_rank, inputs.clients),
+    "static_rank": _static_rank,
     "sucb": lambda inputs: SUcb(inputs.settings, clients=inputs.clients, ranks=inputs.ask.ranks, seed=inputs.seed),
     "thompson": _thompson,
     "uniform": lambda inputs: Uniform(inputs.fixed_rank),
@@ -142,6 +154,7 @@ def make_policy(
     seed: int,
     fixed_rank: int,
     expected_time: ExpectedTime | None = None,
+    speed_class: IntArray | None = None,
 ) -> Policy:
     """Make the policy that ``control.policy`` names.
 
@@ -152,9 +165,11 @@ def make_policy(
         seed: the run's root seed.
         fixed_rank: LoRA rank of policies that do not choose one.
         expected_time: true expected times, for `oracle` only.
+        speed_class: each client's device class, 0 the slowest, for `static_rank` only.
     Raises:
-        ConfigError: unknown name, or `oracle` without `expected_time`.
+        ConfigError: unknown name, or a policy that is not given what it alone needs.
     """
     if settings.policy not in POLICIES:
         raise ConfigError(unknown("control.policy", settings.policy, POLICIES))
-    return POLICIES[settings.policy](PolicyInputs(settings, clients, ask, seed, fixed_rank, expected_time))
+    inputs = PolicyInputs(settings, clients, ask, seed, fixed_rank, expected_time, speed_class)
+    return POLICIES[settings.policy](inputs)

@@ -37,8 +37,8 @@ from fedsim.structure import ModelShape, achieved_ratio, kept_counts, largest_ra
 Say = Callable[[str], None]
 
 _STATIC_CRITERIA = ("magnitude", "random")
-_CRITERIA = ("lora_guided", *_STATIC_CRITERIA)
-_RULES = ("average_factors", "lowrank")
+_CRITERIA = ("activation_gradient", "lora_guided", *_STATIC_CRITERIA)
+_RULES = ("average_factors", "flexlora", "hetlora", "lowrank", "stack", "zero_pad")
 """What the registries of `fedsim.learn` hold at first; known here so that timing-only runs need not load torch."""
 
 
@@ -117,6 +117,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         seed=config.seed,
         fixed_rank=config.model.lora_rank,
         expected_time=fleet.expected_seconds,
+        speed_class=fleet.speed_classes(),
     )
     parts = Parts(
         config=config,
@@ -128,6 +129,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         clients=fleet.clients,
         participants=participants,
         panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
+        quiet_ask=build_ask(config, method, shape, clock_shape, estimates=False),
     )
     all_weights = shape.prunable_weights + shape.embedding_weights + shape.head_weights
     fraction = shape.prunable_weights / all_weights
@@ -203,8 +205,14 @@ def _reachable(shape: ModelShape, ratio: ArrayLike) -> NDArray[np.bool_]:
     return reachable
 
 
-def build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape) -> ShapeAsk:
-    """What each arm of a run asks, on the clock's workload."""
+def build_ask(
+    config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape, estimates: bool = True
+) -> ShapeAsk:
+    """What each arm of a run asks, on the clock's workload.
+
+    Args:
+        estimates: False for rounds in which the method estimates no importance, and so sends no scores either.
+    """
     cost, train = config.cost, config.train
     step = StepSetting(
         batch_size=cost.batch_size or train.batch_size,
@@ -214,13 +222,13 @@ def build_ask(config: Config, method: Method, shape: ModelShape, clock_shape: Mo
         train_top_layers=None,
         lora_roles=_lora_roles(config, shape, clock_shape),
     )
-    needs_gradients = method.prunes and config.prune.criterion not in _STATIC_CRITERIA
+    needs_gradients = method.prunes and estimates and config.prune.criterion not in _STATIC_CRITERIA
     job = JobSetting(
         local_steps=train.local_steps,
         recovery_steps=config.local_recovery_steps if method.prunes else 0,
         importance_every=config.prune.importance_every if needs_gradients else None,
         step=step,
-        prunes=method.prunes,
+        prunes=method.prunes and estimates,
     )
     return ShapeAsk(shape, clock_shape, job, ranks_on_offer(config.model.lora_rank_max))
 

@@ -194,6 +194,7 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 def _check(config: Config, method: Method) -> None:
     """Checks across sections that need neither data nor model."""
     train, prune, model = config.train, config.prune, config.model
+    iterative = method.prunes and method.iterative
     if config.local_recovery_steps >= train.local_steps and method.prunes:
         raise ConfigError(
             f"train.recovery_steps: value {config.local_recovery_steps} is not allowed (they are taken from "
@@ -205,20 +206,25 @@ def _check(config: Config, method: Method) -> None:
             f"prune.importance_every: value {prune.importance_every} is not allowed (at most the {before} local steps "
             "before pruning, or importance would never be estimated)"
         )
-    if method.prunes and config.prune_end_round <= config.prune_warmup_rounds:
+    if iterative and config.prune_end_round <= config.prune_warmup_rounds:
         raise ConfigError(
             f"prune.end_round: value {config.prune_end_round} is not allowed (it must be after "
             f"prune.warmup_rounds = {config.prune_warmup_rounds})"
         )
-    if method.prunes and config.prune_end_round > config.server.rounds:
+    if iterative and config.prune_end_round > config.server.rounds:
         raise ConfigError(
             f"prune.end_round: value {config.prune_end_round} is not allowed (at most server.rounds = "
             f"{config.server.rounds}, or the target is never reached)"
         )
-    if method.prunes and prune.structure == "common" and config.prune_warmup_rounds < 1:
+    if iterative and prune.structure == "common" and config.prune_warmup_rounds < 1:
         raise ConfigError(
             "prune.warmup_rounds: value 0 is not allowed with prune.structure common (at least 1: the averaged "
             "importance that draws the common mask comes from rounds before the first cut)"
+        )
+    if prune.recovery_rounds >= config.server.rounds:
+        raise ConfigError(
+            f"prune.recovery_rounds: value {prune.recovery_rounds} is not allowed (they are taken from server.rounds = "
+            f"{config.server.rounds}, so at most {config.server.rounds - 1})"
         )
     if method.prunes and prune.target_scope == "fleet_mean" and prune.max_ratio < prune.target:
         raise ConfigError(

@@ -73,6 +73,8 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         criterion=criterion if prunes else None,
         importance_every=config.prune.importance_every,
         selection=config.prune.selection,
+        rank_decay=config.train.rank_decay,
+        rank_penalty=config.train.rank_penalty,
     )
     text = encode(corpus.train, backbone.tokenizer, config.train.max_length)
     test = encode(corpus.test, backbone.tokenizer, config.train.max_length)

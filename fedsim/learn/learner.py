@@ -26,6 +26,7 @@ from fedsim.learn.faults import device_faults
 from fedsim.learn.importance import Criterion, GroupScores
 from fedsim.learn.peft_folder import write_peft_folder
 from fedsim.learn.selection import grow, select
+from fedsim.learn.self_pruning import self_pruned
 from fedsim.learn.store import ClientStore
 from fedsim.learn.train import Job, Update
 from fedsim.settings import Config
@@ -107,6 +108,11 @@ class LoraLearner:
             self._pending.clear()
             with device_faults(self._parts.backbone.device):
                 updates = self._parts.engine.trainer.train(jobs)
+            config, shape = self._parts.config, self._parts.backbone.shape
+            updates = [
+                self_pruned(job, update, config.train.rank_decay, config.seed, shape)
+                for job, update in zip(jobs, updates, strict=True)
+            ]
             self._trained.update(zip(waiting, zip(jobs, updates, strict=True), strict=True))
         return self._as_results([self._trained.pop(ticket) for ticket in wanted])
 
@@ -147,6 +153,7 @@ class LoraLearner:
             kept_before=kept(starts),
             kept_after=kept(ends),
             payload=updates,
+            rank=np.array([update.adapter.rank for update in updates], dtype=np.int64),
         )
 
     # -- the server's side ------------------------------------------------------------------------------------------

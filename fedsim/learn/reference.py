@@ -13,6 +13,7 @@ from fedsim.learn.batches import Batch, batch_stream, fixed_batch
 from fedsim.learn.evaluate import Measured, each_once
 from fedsim.learn.importance import GroupScores, lora_importance, smooth
 from fedsim.learn.lora import LoraModel
+from fedsim.learn.self_pruning import tail_norm
 from fedsim.learn.train import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
 from fedsim.specs import LocalRequest, Outcome
 from fedsim.structure import Structure
@@ -59,7 +60,7 @@ class ReferenceTrainer:
             if not math.isfinite(float(loss.detach())):
                 outcome = Outcome.NON_FINITE
                 break
-            loss.backward()
+            self._penalised(loss).backward()
             scores = self._estimate(request, scores, step)
             if step == request.local_steps - 1:
                 importance = lora_importance(model)
@@ -79,6 +80,14 @@ class ReferenceTrainer:
             lora_importance=importance,
             outcome=outcome,
         )
+
+    def _penalised(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss with the penalty of rank self-pruning, if any."""
+        rule, model = self._rule, self._model
+        if rule.rank_penalty == 0.0:
+            return loss
+        pairs = [model.factors(linear.name) for linear in model.targets]
+        return loss + rule.rank_penalty * tail_norm(pairs, rule.rank_decay)
 
     def _estimates(self, request: LocalRequest, step: int) -> bool:
         return request.estimate and (step + 1) % self._rule.importance_every == 0

@@ -67,6 +67,7 @@ class TrainRule:
         criterion: how groups are scored; None where the method never prunes.
         importance_every: local steps per estimate.
         selection: ``prune.selection``.
+        rank_decay, rank_penalty: rank self-pruning (`fedsim.learn.self_pruning`); a penalty of 0 is none.
     """
 
     seed: int
@@ -74,6 +75,8 @@ class TrainRule:
     criterion: Criterion | None
     importance_every: int
     selection: str
+    rank_decay: float = 1.0
+    rank_penalty: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,10 +11,31 @@ from fedsim.settings import Config
 Schedule = Callable[[int, Config], float]
 """The fleet's pruning ratio after a round: ``schedule(round_index, config)``."""
 
+Share = Callable[[int, Config], float]
+"""A share in [0, 1] for a round."""
+
+When = Callable[[int, Config], bool]
+"""Whether something happens in a round."""
+
 
 def cubic_schedule(round_index: int, config: Config) -> float:
     """Warm-up, then the cubic schedule from ``prune.warmup_rounds`` to ``prune.end_round``."""
     return cubic_ratio(round_index, config.prune_warmup_rounds, config.prune_end_round, config.prune.target)
+
+
+def always(round_index: int, config: Config) -> bool:
+    """In every round."""
+    return True
+
+
+def never(round_index: int, config: Config) -> bool:
+    """In no round."""
+    return False
+
+
+def in_full(round_index: int, config: Config) -> float:
+    """All of it, in every round."""
+    return 1.0
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,11 @@ class Method:
         defaults: dotted configuration keys the method sets where the user does not.
         labels: how far its numbers may be trusted (``reconstruction`` where the paper is silent on a choice).
         schedule: the fleet's pruning schedule.
+        iterative: whether devices prune within rounds; where not, ratios change by `cuts_after` and at the end alone.
+        cuts_after: rounds after which the whole fleet is cut to its target, without training. After the last round it
+            always is.
+        learns: share of the learning rate that a round gets; 0: a pass that changes no weight.
+        estimates: rounds in which importance is estimated, and its cost counted.
     """
 
     name: str
@@ -38,3 +64,7 @@ class Method:
     defaults: Mapping[str, object]
     labels: tuple[str, ...] = ("reconstruction",)
     schedule: Schedule = cubic_schedule
+    iterative: bool = True
+    cuts_after: When = never
+    learns: Share = in_full
+    estimates: When = always

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from fedsim.errors import ConfigError, unknown
-from fedsim.methods import fedlora, fedspine, fedspine_balanced, fedspine_uniform
+from fedsim.methods import (
+    fedapt,
+    fedlora,
+    fedmp,
+    fedspine,
+    fedspine_balanced,
+    fedspine_uniform,
+    flexlora,
+    flora,
+    hetlora,
+    prune_then_tune,
+    tune_then_prune,
+)
 from fedsim.methods.base import Method
 
 METHODS: dict[str, Method] = {
@@ -11,6 +23,13 @@ METHODS: dict[str, Method] = {
     "fedspine_uniform": fedspine_uniform.METHOD,
     "fedspine_balanced": fedspine_balanced.METHOD,
     "fedlora": fedlora.METHOD,
+    "hetlora": hetlora.METHOD,
+    "flexlora": flexlora.METHOD,
+    "flora": flora.METHOD,
+    "prune_then_tune": prune_then_tune.METHOD,
+    "tune_then_prune": tune_then_prune.METHOD,
+    "fedapt": fedapt.METHOD,
+    "fedmp": fedmp.METHOD,
 }
 
 

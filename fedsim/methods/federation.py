@@ -9,11 +9,12 @@ ratio it had before; before the last evaluation every device, sampled lately or 
 mean is the target. A run that ends at `server.time_budget_s` is cut and evaluated in that round; one that ends at
 `server.target_accuracy` is not cut: the accuracy that ended it is that of the devices as they stood. Under ``global``
 selection a job's cost is known only once it is trained, so its participants are trained at dispatch, whether or not
-their updates arrive.
+their updates arrive. A cut of the whole fleet (`Method.cuts_after`) takes no simulated time, as the last one does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from fedsim.control.reward import RewardModel
 from fedsim.control.schedule import default_step_max, feasible_bounds, ratio_cap
 from fedsim.errors import ConfigError
 from fedsim.methods.base import Method
+from fedsim.methods.broadcast import Broadcast, broadcast_of
 from fedsim.settings import Config
 from fedsim.specs import (
     Arms,
@@ -43,6 +45,7 @@ from fedsim.specs import (
     RoundPlan,
     RoundReport,
     State,
+    Work,
 )
 
 _RATIO_SLACK = 1e-6
@@ -51,7 +54,11 @@ _RATIO_SLACK = 1e-6
 
 @dataclass(frozen=True)
 class Parts:
-    """What a federation is made of."""
+    """What a federation is made of.
+
+    Attributes:
+        quiet_ask: what a job asks in rounds in which the method estimates no importance; None where there are none.
+    """
 
     config: Config
     method: Method
@@ -62,6 +69,7 @@ class Parts:
     clients: int
     participants: int
     panel: IntArray
+    quiet_ask: Ask | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,9 @@ class Federation:
         # Two views of pruning: what was asked (the arm, which policies reason about) and what whole heads allow.
         self._asked = np.zeros(parts.clients)
         self._achieved = np.zeros(parts.clients)
+        # Clients may give up LoRA components of their own accord (rank self-pruning); they are offered no more since.
+        self._rank_limit = np.full(parts.clients, parts.config.model.lora_rank_max, dtype=np.int64)
+        self._broadcast = broadcast_of(parts.config.aggregate.rule, parts.clients)
         self._tickets: IntArray | None = None
         self._results: LocalResults | None = None  # trained before the clock needed them (global selection)
         self._plan: RoundPlan | None = None
@@ -95,26 +106,31 @@ class Federation:
         arms = parts.policy.select(context)
         _check_arms(parts.config, context, arms)
         ratio = np.clip(arms.ratio, context.ratio_low, context.ratio_high)
-        work = parts.ask.work(before, ratio, arms.rank)
-        plan = RoundPlan(round_index, clients, before, ratio, arms.rank, work)
+        rank = np.minimum(arms.rank, self._rank_limit[clients])
+        estimates = parts.method.estimates(round_index, parts.config)
+        ask = parts.ask if estimates or parts.quiet_ask is None else parts.quiet_ask
+        work = self._priced(clients, rank, lambda ranks: ask.work(before, ratio, ranks))
+        plan = RoundPlan(round_index, clients, before, ratio, rank, work)
         rate = self._learning_rate(round_index)
-        prune = parts.method.prunes and round_index >= parts.config.prune_warmup_rounds
+        iterative = parts.method.prunes and parts.method.iterative
+        prune = iterative and round_index >= parts.config.prune_warmup_rounds
         self._tickets = parts.learner.submit(
             LocalRequests(
                 round_index=round_index,
                 clients=clients,
                 ratio_target=ratio,
-                rank=arms.rank,
+                rank=rank,
                 prune=prune,
                 local_steps=parts.config.train.local_steps,
                 recovery_steps=parts.config.local_recovery_steps if parts.method.prunes else 0,
                 learning_rate=rate,
+                estimate=estimates,
             )
         )
         if prune and parts.config.prune.selection == "global":
             results = parts.learner.result(self._tickets)
-            work = parts.ask.work_of_counts(*results.kept_before, *results.kept_after, arms.rank)
-            plan = replace(plan, work=work)
+            kept = (*results.kept_before, *results.kept_after)
+            plan = replace(plan, work=self._priced(clients, rank, lambda ranks: ask.work_of_counts(*kept, ranks)))
             self._tickets, self._results = None, results
         self._plan = plan
         return plan
@@ -134,6 +150,7 @@ class Federation:
         trained = np.zeros(len(plan.clients), dtype=bool)
         trained[arrived] = usable
         self._asked[plan.clients[trained]] = plan.ratio_target[trained]
+        self._follow_ranks(good, plan.rank[trained])
 
         loss_before = _spread(results.loss_before, arrived)
         loss_after = _spread(results.loss_after, arrived)
@@ -163,8 +180,8 @@ class Federation:
             )
         )
         last = self._is_last(report)
-        if last and parts.method.prunes:
-            self._final_cut()
+        if parts.method.prunes and (last or parts.method.cuts_after(plan.round_index, parts.config)):
+            self._cut_to_target()
         evaluation = self._evaluate(plan.round_index, last)
         outcome = report.outcome.copy()
         outcome[arrived] = results.outcome
@@ -191,7 +208,11 @@ class Federation:
 
     def state(self) -> State:
         """Everything a later process needs to go on from a round's end."""
-        state = {"federation.asked": self._asked, "federation.achieved": self._achieved}
+        state = {
+            "federation.asked": self._asked,
+            "federation.achieved": self._achieved,
+            "federation.rank_limit": self._rank_limit,
+        }
         for name, part in self._stateful():
             state.update({f"{name}.{key}": value for key, value in part.state().items()})
         return state
@@ -200,14 +221,33 @@ class Federation:
         """Take what `state` gave."""
         self._asked = np.array(state["federation.asked"])
         self._achieved = np.array(state["federation.achieved"])
+        self._rank_limit = np.array(state["federation.rank_limit"])
         for name, part in self._stateful():
             prefix = f"{name}."
             part.restore({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
 
     # -- parts of a round -------------------------------------------------------------------------------------------
 
-    def _stateful(self) -> tuple[tuple[str, Learner | Policy | RewardModel], ...]:
-        return (("learner", self._parts.learner), ("policy", self._parts.policy), ("reward", self._parts.reward))
+    def _stateful(self) -> tuple[tuple[str, Learner | Policy | RewardModel | Broadcast], ...]:
+        parts = self._parts
+        return (
+            ("learner", parts.learner),
+            ("policy", parts.policy),
+            ("reward", parts.reward),
+            ("broadcast", self._broadcast),
+        )
+
+    def _priced(self, clients: IntArray, rank: IntArray, work_at: Callable[[IntArray], Work]) -> Work:
+        """Work of jobs at `rank`, with the download that the broadcast really makes."""
+        work, received = work_at(rank), self._broadcast.received_rank(clients, rank)
+        return work if received is rank else replace(work, download_bytes=work_at(received).download_bytes)
+
+    def _follow_ranks(self, results: LocalResults, asked: IntArray) -> None:
+        """Note what was merged, and who came back with fewer components than asked."""
+        rank = asked if results.rank is None else results.rank
+        fewer = rank < asked
+        self._rank_limit[results.clients[fewer]] = rank[fewer]
+        self._broadcast.merged(results.clients, rank)
 
     def _results_of(self, arrived: NDArray[np.bool_]) -> LocalResults:
         """Results of the clients whose updates arrived; jobs of the others are forgotten, untrained if they can be."""
@@ -223,8 +263,8 @@ class Federation:
 
     def _context(self, round_index: int, clients: IntArray, before: FloatArray) -> RoundContext:
         config, method = self._parts.config, self._parts.method
-        low = high = np.zeros_like(before)
-        if method.prunes:
+        low = high = before
+        if method.prunes and method.iterative:
             low, high = feasible_bounds(
                 config.prune,
                 round_index=round_index,
@@ -254,9 +294,9 @@ class Federation:
         """Linear decay over the rounds, so that the last round still learns a little."""
         train, rounds = self._parts.config.train, self._parts.config.server.rounds
         decay = 1.0 - round_index / rounds if train.schedule == "linear" else 1.0
-        return train.learning_rate * decay
+        return train.learning_rate * decay * self._parts.method.learns(round_index, self._parts.config)
 
-    def _final_cut(self) -> None:
+    def _cut_to_target(self) -> None:
         prune = self._parts.config.prune
         if prune.target_scope == "every_device":
             targets = np.full_like(self._asked, prune.target)
@@ -278,6 +318,8 @@ class Federation:
 def _step_max(parts: Parts) -> float:
     """The largest rise of a device's ratio in one participation."""
     config = parts.config
+    if not parts.method.iterative:
+        return 0.0
     if config.prune.max_step is not None:
         return config.prune.max_step
     return default_step_max(

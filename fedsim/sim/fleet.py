@@ -158,6 +158,18 @@ class Fleet:
         up_s = transfer_seconds(work.upload_bytes, self.links.up_bits_per_s[ids], latency_s, 1.0)
         return down_s + compute_time(work, _take(self._modes.table, rows)).total_s + up_s
 
+    def speed_classes(self) -> IntArray:
+        """Each client's device class by the arithmetic rate of its profile's fastest mode, 0 the slowest, ascending.
+
+        Profiles of equal rate share a class. Shape (clients,).
+        """
+        first_rows = np.unique(self._modes.first_row)
+        fastest = np.maximum.reduceat(np.asarray(self._modes.table.flops_per_s), first_rows)
+        _, class_of_profile = np.unique(fastest, return_inverse=True)
+        profile_of_line = np.searchsorted(first_rows, self._modes.first_row)
+        classes: IntArray = class_of_profile[profile_of_line[self._modes.line_of]].astype(np.int64)
+        return classes
+
     def bandwidth(self, round_index: int, clients: IntArray) -> tuple[FloatArray, FloatArray]:
         """Mean bits per second down and up (the same in every round: the jitter comes on top)."""
         return self.links.down_bits_per_s[clients], self.links.up_bits_per_s[clients]

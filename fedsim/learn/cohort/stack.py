@@ -111,6 +111,19 @@ class CohortStack:
         """``(C, 1, features)``: 1 where a client keeps an input of this column-pruned Linear; None where all stay."""
         return self._masks.get(linear.name)
 
+    def own_factors(self) -> list[StackedFactors]:
+        """The factors of every target, with zeros where a mask hides the feature."""
+        pairs = []
+        for linear in self.base.targets:
+            a, b = self.factors[linear.name]
+            masks = self._group_masks(linear)
+            if not self.base.sliced and not masks.all():
+                features = np.repeat(masks, group_width(linear, self.base.backbone.shape), axis=1)
+                kept = torch.from_numpy(features).to(a).unsqueeze(1)
+                a, b = (a * kept, b) if linear.role in COLUMN_PRUNED else (a, b * kept)
+            pairs.append((a, b))
+        return pairs
+
     def require_grad(self) -> None:
         """Make leaves of the trained tensors."""
         for tensor in self.trained:

@@ -19,6 +19,7 @@ from fedsim.learn.cohort.pack import PackedBatch, pack
 from fedsim.learn.cohort.plan import ChunkPlan, cohorts
 from fedsim.learn.cohort.scores import CohortScores, find_estimate, lora_importance_cohort
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
+from fedsim.learn.self_pruning import tail_norms
 from fedsim.learn.train import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
 from fedsim.specs import IntArray, Outcome
 
@@ -94,7 +95,7 @@ class CohortTrainer:
             stack.watched = {} if estimates and rule.criterion is not None and rule.criterion.watches else None
             losses = model.losses(batch, stack)
             finite &= losses.detach().isfinite()
-            losses.sum().backward()
+            self._penalised(losses, stack).sum().backward()
             if self._estimate is not None and estimates:
                 scores = scores.smoothed(self._estimate(stack), steps=rule.importance_every)
                 estimated = True
@@ -106,6 +107,13 @@ class CohortTrainer:
         stack.watched = None
         loss_after = self._probe(stack, probe)
         return self._updates(jobs, stack, scores if estimated else None, (loss_before, loss_after, importance, finite))
+
+    def _penalised(self, losses: torch.Tensor, stack: CohortStack) -> torch.Tensor:
+        """The losses, ``(C,)``, with the penalty of rank self-pruning, if any."""
+        rule = self._rule
+        if rule.rank_penalty == 0.0:
+            return losses
+        return losses + rule.rank_penalty * tail_norms(stack.own_factors(), stack.ranks, rule.rank_decay)
 
     def _updates(
         self,

@@ -1,0 +1,53 @@
+"""Prune+FedLoRA: one cut to the target before anything is tuned, then FedIT on the pruned backbone.
+
+Source: named by FedSpine (arXiv 2501.02438) as a sequential rival; tuning is FedIT, arXiv 2305.05644.
+
+Unspecified in the paper; we chose: round 0 is the importance pass. Its participants run tau forward and backward
+passes with a learning rate of zero and send their group scores; the server averages them and cuts the whole fleet to
+``prune.target`` by one common mask. The pass takes its time on the clock. From round 1 on it is FedIT, and importance
+is neither estimated nor paid for. The learning rate's schedule runs over all rounds, as for every method.
+
+Consequence to know: with ``B = 0`` and an untrained head, gradients say little of what matters once tuned, so that
+LoRA-guided scores may be no better than chance: this order of things has no better moment. ``prune.warmup_rounds`` and
+``prune.end_round`` are not used.
+"""
+
+from __future__ import annotations
+
+from fedsim.methods.base import Method
+from fedsim.settings import Config
+
+
+def is_pass(round_index: int, config: Config) -> bool:
+    """Round 0: importance is estimated, nothing is learned, and the cut follows."""
+    return round_index == 0
+
+
+def learning_share(round_index: int, config: Config) -> float:
+    """Nothing in the importance pass, everything afterwards."""
+    return 0.0 if is_pass(round_index, config) else 1.0
+
+
+def schedule(round_index: int, config: Config) -> float:
+    """The target from round 1 on."""
+    return 0.0 if is_pass(round_index, config) else config.prune.target
+
+
+METHOD = Method(
+    name="prune_then_tune",
+    summary="one-shot pruning by one importance pass, then LoRA of one rank (Prune+FedLoRA)",
+    sources=("FedSpine, arXiv 2501.02438 (as a rival)", "FedIT, arXiv 2305.05644"),
+    prunes=True,
+    defaults={
+        "control.policy": "uniform",
+        "aggregate.rule": "average_factors",
+        "prune.structure": "common",
+        "prune.target_scope": "every_device",
+        "prune.reversible": False,
+    },
+    schedule=schedule,
+    iterative=False,
+    cuts_after=is_pass,
+    learns=learning_share,
+    estimates=is_pass,
+)
