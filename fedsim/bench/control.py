@@ -23,6 +23,7 @@ from fedsim.specs import Arms, Feedback, IntArray, RoundContext, Work
 from fedsim.structure import Structure
 
 _RANKS = np.array([2, 4, 8, 16, 32])
+_UNIT = "us per client and round"
 _MOST_US = 5.0
 _TIMING_BYTES, _STORE_BYTES = 2_048.0, 200_000.0
 _SETTINGS = ControlSettings(policy="sucb")
@@ -51,15 +52,7 @@ def measure_control(options: Options, say: Callable[[str], None]) -> Findings:
     both = [one + other for one, other in zip(select_us, update_us, strict=True)]
     note = f"after {warm} rounds, {int(policy.state()['leaves'].max())} leaves at most"
     rows = tuple(
-        _row(
-            case,
-            f"S-UCB {name}",
-            times,
-            "us per client and round",
-            note,
-            judged=name == "select and update",
-            options=options,
-        )
+        _row(case, f"S-UCB {name}", times, note, judged=name == "select and update" and not options.is_quick)
         for name, times in (("select", select_us), ("update", update_us), ("select and update", both))
     )
     return Findings(rows, checks)
@@ -82,9 +75,10 @@ def measure_memory(options: Options, say: Callable[[str], None]) -> Findings:
     )
 
 
-def _row(case: str, name: str, times: list[float], unit: str, note: str, judged: bool, options: Options) -> Row:
-    target = Target("value", at_most=_MOST_US) if judged and not options.is_quick else None
-    return Row("control", case, name, median(times), unit, min(times), max(times), len(times), target=target, note=note)
+def _row(case: str, name: str, times: list[float], note: str, judged: bool) -> Row:
+    target = Target("value", at_most=_MOST_US) if judged else None
+    low, high = min(times), max(times)
+    return Row("control", case, name, median(times), _UNIT, low, high, len(times), target=target, note=note)
 
 
 def _context(index: int, ids: IntArray) -> RoundContext:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -39,7 +39,8 @@ class Row:
         value, low, high: median, least and largest over `repeats`.
         ratio: median over the turns of this contender's speed over the baseline's in the same turn; None for the
             baseline itself and for figures without one.
-        baseline: name of the row that `ratio` is taken against.
+        cpu_ratio: the same by processor time, which other processes on a busy host disturb less; None on a card.
+        baseline: name of the row that the ratios are taken against.
         note: what the name does not say.
     """
 
@@ -52,6 +53,7 @@ class Row:
     high: float
     repeats: int
     ratio: float | None = None
+    cpu_ratio: float | None = None
     baseline: str | None = None
     target: Target | None = None
     note: str = ""
@@ -76,6 +78,7 @@ class Row:
             "high": self.high,
             "repeats": self.repeats,
             "ratio": self.ratio,
+            "cpu_ratio": self.cpu_ratio,
             "baseline": self.baseline,
             "target": target,
             "note": self.note,
@@ -122,25 +125,49 @@ class Findings:
         return Findings(self.rows + other.rows, self.checks + other.checks, self.skipped + other.skipped)
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of every turn: on the clock, and of the processor (all threads)."""
+
+    wall_s: tuple[float, ...]
+    cpu_s: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        """On the clock."""
+        return median(self.wall_s)
+
+    def per(self, amount: float) -> Turns:
+        """Seconds of one part of `amount`."""
+        return Turns(tuple(one / amount for one in self.wall_s), tuple(one / amount for one in self.cpu_s))
+
+
 def in_turn(
     contenders: Mapping[str, Callable[[], object]], repeats: int, wait: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
+) -> dict[str, Turns]:
     """Seconds of each contender, A, B, A, B, and so on, so that what else the host does falls on all alike.
 
     Args:
         repeats: turns, >= 1.
         wait: until the work that was started is done (a card's).
     """
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    wall_s: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_s: dict[str, list[float]] = {name: [] for name in contenders}
     gc.collect()
     for _ in range(repeats):
         for name, contender in contenders.items():
             wait()
-            began_s = time.perf_counter()
+            began_s, began_cpu_s = time.perf_counter(), time.process_time()
             contender()
             wait()
-            seconds[name].append(time.perf_counter() - began_s)
-    return seconds
+            wall_s[name].append(time.perf_counter() - began_s)
+            cpu_s[name].append(time.process_time() - began_cpu_s)
+    return {name: Turns(tuple(wall_s[name]), tuple(cpu_s[name])) for name in contenders}
+
+
+def speedup(ours: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median over the turns of how many times faster we are."""
+    return median(theirs / mine for mine, theirs in zip(ours, baseline, strict=True))
 
 
 def rate_row(
@@ -149,20 +176,23 @@ def rate_row(
     name: str,
     amount: float,
     unit: str,
-    seconds: list[float],
-    baseline: tuple[str, list[float]] | None = None,
+    turns: Turns,
+    baseline: tuple[str, Turns] | None = None,
     target: Target | None = None,
     note: str = "",
+    on_card: bool = False,
 ) -> Row:
     """A row of `amount` of work per second.
 
     Args:
         baseline: name and seconds of what ran in the same turns, on the same amount of work.
+        on_card: the processor's time then says nothing.
     """
-    rates = [amount / one for one in seconds]
-    ratio = None
+    rates = [amount / one for one in turns.wall_s]
+    ratio = cpu_ratio = None
     if baseline is not None:
-        ratio = median(theirs / ours for ours, theirs in zip(seconds, baseline[1], strict=True))
+        ratio = speedup(turns.wall_s, baseline[1].wall_s)
+        cpu_ratio = None if on_card else speedup(turns.cpu_s, baseline[1].cpu_s)
     return Row(
         section,
         case,
@@ -173,6 +203,7 @@ def rate_row(
         max(rates),
         len(rates),
         ratio,
+        cpu_ratio,
         None if baseline is None else baseline[0],
         target,
         note,

@@ -73,7 +73,7 @@ def measure_simulator(options: Options, say: Callable[[str], None]) -> Findings:
         "client processes, with trace and report": lambda: play(True),
         "arrays, with trace and report": lambda: play(False),
     }
-    seconds = in_turn(contenders, options.repeats())
+    seconds = in_turn(contenders, options.repeats(fewer=True))
     rows = tuple(
         rate_row(
             "simulator", case, who, events, "events/s", times, None if who == bare else (bare, seconds[bare]), None
@@ -92,9 +92,8 @@ def measure_runs(options: Options, say: Callable[[str], None]) -> Findings:
     with tempfile.TemporaryDirectory() as folder:
 
         def play(method: str, size: int) -> str:
-            result = run(
-                _timing_only(method, size, rounds), out=Path(folder) / f"{method}-{size}", force=True, quiet=True
-            )
+            out = Path(folder) / f"{method}-{size}"
+            result = run(_timing_only(method, size, rounds), out=out, force=True, quiet=True)
             return str(result.manifest["trace_hash"])
 
         traces = {}
@@ -163,7 +162,7 @@ def _measure_large_run() -> Findings:
         peak = 1024.0 * usage.ru_maxrss  # Linux counts kibibytes
         limits = dict(zip(("s", "bytes"), _LARGE_LIMITS, strict=True))
         rows = tuple(
-            Row("runs", case, f"{policy}, {what}", value, unit, value, value, 1, None, None, _at_most(limits[unit]))
+            Row("runs", case, f"{policy}, {what}", value, unit, value, value, 1, target=_at_most(limits[unit]))
             for what, value, unit in (("whole time", spent_s, "s"), ("peak memory", peak, "bytes"))
         )
         findings += Findings(rows, (failed,))

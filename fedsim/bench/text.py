@@ -8,7 +8,8 @@ from fedsim.bench.measure import Row, Target
 from fedsim.bench.run import Report
 
 _HEADINGS = {
-    "engines": "engines: client-rounds per second; ratios are over the faster plain PEFT loop, turn by turn",
+    "engines": "engines: client-rounds per second; ratios are over the faster plain PEFT loop, turn by turn,\n"
+    "  by the clock and by processor time (which other processes disturb less)",
     "chunks": "chunks: the sliced engine, by clients trained together",
     "simulator": "simulator: changes of a client's state per second",
     "runs": "runs: whole timing-only runs",
@@ -79,7 +80,9 @@ def _value(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return "" if row.ratio is None else f"{row.ratio:.2f}x"
+    if row.ratio is None:
+        return ""
+    return f"{row.ratio:.2f}x" + ("" if row.cpu_ratio is None else f" ({row.cpu_ratio:.2f}x cpu)")
 
 
 def _target(row: Row) -> str:

@@ -52,6 +52,11 @@ class EngineBench:
         self._plain: PlainPeft | None = None
         self._loaded: Backbone | None = backbone
 
+    @property
+    def is_on_card(self) -> bool:
+        """Whether the work runs beside the host's processor."""
+        return self.device.type == "cuda"
+
     def wait(self) -> None:
         """Until the device has done what it was told."""
         if self.device.type == "cuda":
@@ -67,8 +72,10 @@ class EngineBench:
         """The chunk that `fedsim.learn.engine.chunk_clients` names; None where the memory alone limits."""
         return chunk_clients(self._shape, self.case.batch_size * self.case.length, self.device)
 
-    def sequential(self, fused: bool, autocast: bool = False, clients: int | None = None) -> Contender:
-        """The plain PEFT loop over the first `clients` clients (None: all), unpruned."""
+    def sequential(
+        self, fused: bool, autocast: bool = False, clients: int | None = None, steps: int | None = None
+    ) -> Contender:
+        """The plain PEFT loop, unpruned: the first `clients` clients (None: all), `steps` each (None: the case's)."""
         case, plain = self.case, self._peft()
 
         def train() -> list[Adapter]:
@@ -76,7 +83,7 @@ class EngineBench:
                 return plain.sequential(
                     self._data,
                     range(clients or case.clients),
-                    case.local_steps,
+                    steps or case.local_steps,
                     case.batch_size,
                     case.seed,
                     _LEARNING_RATE,
@@ -125,7 +132,12 @@ class EngineBench:
         return make_engine(config, backbone, self._start, self._data, self._test_text(), rule, precision)
 
     def training(
-        self, engine: Engine, unpruned: bool = False, chunk: int | None = None, clients: int | None = None
+        self,
+        engine: Engine,
+        unpruned: bool = False,
+        chunk: int | None = None,
+        clients: int | None = None,
+        steps: int | None = None,
     ) -> Contender:
         """One round of `engine`.
 
@@ -133,8 +145,9 @@ class EngineBench:
             unpruned: leave the case's pruning out.
             chunk: clients together at most; None: what the engine chose.
             clients: the first so many; None: all.
+            steps: of each client; None: the case's.
         """
-        jobs = self._jobs(0.0 if unpruned else self.case.ratio)[:clients]
+        jobs = self._jobs(0.0 if unpruned else self.case.ratio, steps)[:clients]
         limit = engine.plan.limit if chunk is None and engine.plan is not None else chunk
 
         def train() -> list[Adapter]:
@@ -181,7 +194,7 @@ class EngineBench:
         few = slice(0, _TEST_SAMPLES)
         return EncodedText(text.input_ids[few], text.lengths[few], text.labels[few], None)
 
-    def _jobs(self, ratio: float) -> list[Job]:
+    def _jobs(self, ratio: float, steps: int | None = None) -> list[Job]:
         case = self.case
         request = LocalRequest(
             client=0,
@@ -189,7 +202,7 @@ class EngineBench:
             ratio_target=ratio,
             prune=False,
             rank=case.rank,
-            local_steps=case.local_steps,
+            local_steps=steps or case.local_steps,
             recovery_steps=0,
             learning_rate=_LEARNING_RATE,
         )

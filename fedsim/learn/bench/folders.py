@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,7 +20,7 @@ def write_random_model(shape: ModelShape, folder: Path) -> Path:
     Raises:
         ValueError: a shape of another architecture.
     """
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": shape.vocab,
         "hidden_size": shape.hidden,
         "num_hidden_layers": shape.layers,
@@ -28,6 +29,7 @@ def write_random_model(shape: ModelShape, folder: Path) -> Path:
         "max_position_embeddings": shape.positions,
         "pad_token_id": 1,
     }
+    model: BertModel | RobertaModel
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # any values will do, the same each time
         if shape.architecture == "bert":
