@@ -5,8 +5,8 @@ Each round's row of ``rounds.parquet`` goes to the trackers that ``records.track
 the host (git state, packages, hardware) is switched off. A missing package is an error before the run starts; whatever
 goes wrong afterwards (a full disk, no network) is one warning, and that tracker is off for the rest of the run.
 
-A resumed run goes on in TensorBoard's folder, where the rounds that are played again replace the old ones. In W&B, which
-cannot go on offline, it is another run of the same group.
+A resumed run goes on in TensorBoard's folder, where the rounds that are played again replace the old ones; W&B cannot
+go on offline, and gets another run of the same group.
 """
 
 from __future__ import annotations

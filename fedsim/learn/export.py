@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def write_export(
         text = json.dumps(dataclasses.asdict(facts), indent=2, sort_keys=True) + "\n"
         (folder / FACTS).write_text(text, encoding="utf-8")
         (folder / "README.md").write_text(card_text(facts), encoding="utf-8")
+        for weights in folder.glob("*.safetensors"):
+            shutil.copymode(folder / "README.md", weights)  # the library leaves them readable by their owner alone
     except OSError as error:
         raise RunError(f"cannot write the export '{settings.name}': {error.strerror or error}") from error
     except SafetensorError as error:
