@@ -10,13 +10,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsim.experiment.export import export_run
     from fedsim.experiment.results import Run, load
     from fedsim.experiment.run import run
     from fedsim.experiment.sweep import Sweep, load_sweep, sweep
+    from fedsim.learn.export import load_exported
     from fedsim.methods.base import Method
     from fedsim.methods.catalogue import register_method
 
-__all__ = ["Method", "Run", "Sweep", "load", "load_sweep", "register_method", "run", "sweep"]
+__all__ = [
+    "Method",
+    "Run",
+    "Sweep",
+    "export_run",
+    "load",
+    "load_exported",
+    "load_sweep",
+    "register_method",
+    "run",
+    "sweep",
+]
 
 _HOMES = {
     "run": "fedsim.experiment.run",
@@ -25,6 +38,8 @@ _HOMES = {
     "sweep": "fedsim.experiment.sweep",
     "load_sweep": "fedsim.experiment.sweep",
     "Sweep": "fedsim.experiment.sweep",
+    "export_run": "fedsim.experiment.export",
+    "load_exported": "fedsim.learn.export",
     "Method": "fedsim.methods.base",
     "register_method": "fedsim.methods.catalogue",
 }
