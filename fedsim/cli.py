@@ -118,6 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="machine-readable output")
     compare.set_defaults(action=_compare)
 
+    report = commands.add_parser(
+        "report",
+        help="one self-contained page on finished runs",
+        description="Write one HTML page on all finished runs below DIR. It works offline and without scripts.",
+    )
+    report.add_argument("directory", metavar="DIR", type=Path, help="a run, or a folder of runs")
+    report.add_argument("--out", metavar="FILE.html", type=Path, help="default: report.html in DIR")
+    report.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
+    report.add_argument("--baseline", metavar="METHOD", help="method that speedups are measured against")
+    report.set_defaults(action=_report)
+
     surrogate = commands.add_parser(
         "fit-surrogate",
         help="fit a loss model to a finished run, to stand in for training in large fleets",
@@ -264,6 +275,13 @@ def _compare(arguments: argparse.Namespace) -> None:
 
         paths = write_figures(runs, arguments.out, arguments.round)
         print(f"{len(paths)} files written to {arguments.out}", file=sys.stderr)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from fedsim.report.page import write_report
+
+    path = write_report(arguments.directory, arguments.out, arguments.target_accuracy, arguments.baseline)
+    print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def _fit_surrogate(arguments: argparse.Namespace) -> None:

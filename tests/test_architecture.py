@@ -29,9 +29,9 @@ LEVELS = {
     "methods": 4,
     "experiment": 5,
     "plots": 6,
-    "report": 6,
+    "report": 7,
     "bench": 6,
-    "cli": 7,
+    "cli": 8,
 }
 OWNERS = {
     "simpy": {"sim"},

@@ -44,8 +44,8 @@ def _group_title(comparison: Comparison, group: int) -> str:
 def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]]]:
     rows = comparison.rows
     timed = comparison.target_accuracy is not None
-    byte_unit, byte_scale = _scale(rows["traffic_bytes"].max(), "B")
-    joule_unit, joule_scale = _scale(rows["energy_j"].max(), "J")
+    byte_unit, byte_scale = scale(rows["traffic_bytes"].max(), "B")
+    joule_unit, joule_scale = scale(rows["energy_j"].max(), "J")
     header = ["method", "runs", "sparsity", "accuracy"]
     units = ["", "", "mean (devices)", "final, SURROGATE" if comparison.is_surrogate else "final"]
     if comparison.target_accuracy is not None:
@@ -63,20 +63,20 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
         cell = [
             row["method"],
             str(row["runs"]),
-            _sparsity(row),
-            _number(row["accuracy_final"], ".3f") + _plus_minus(row["accuracy_final_sd"]),
+            sparsity_text(row),
+            number_text(row["accuracy_final"], ".3f") + _plus_minus(row["accuracy_final_sd"]),
         ]
         if timed:
-            cell.append(_time(row))
+            cell.append(time_text(row))
         cell += [
             speedup_text(row, comparison.baseline),
             _seconds(row["simulated_s"]),
-            _number(row["idle_fraction"], ".1%"),
+            number_text(row["idle_fraction"], ".1%"),
         ]
         if comparison.fastest_class is not None:
-            cell.append(_number(row["idle_fastest_fraction"], ".1%"))
-        cell.append(_number(row["traffic_bytes"] / byte_scale, ".2f"))
-        cell.append(_number(row["energy_j"] / joule_scale, ".2f"))
+            cell.append(number_text(row["idle_fastest_fraction"], ".1%"))
+        cell.append(number_text(row["traffic_bytes"] / byte_scale, ".2f"))
+        cell.append(number_text(row["energy_j"] / joule_scale, ".2f"))
         cells.append(cell)
     return header, units, cells
 
@@ -108,7 +108,7 @@ def _notes(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _scale(largest: float, unit: str) -> tuple[str, float]:
+def scale(largest: float, unit: str) -> tuple[str, float]:
     """A decimal unit in which the largest value is at least 1."""
     for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if largest >= scale:
@@ -116,7 +116,8 @@ def _scale(largest: float, unit: str) -> tuple[str, float]:
     return unit, 1.0
 
 
-def _number(value: float, form: str) -> str:
+def number_text(value: float, form: str) -> str:
+    """The number, or "-" where there is none."""
     return "-" if math.isnan(value) else format(value, form)
 
 
@@ -128,14 +129,16 @@ def _plus_minus(deviation: float) -> str:
     return "" if math.isnan(deviation) else f" ± {deviation:.3f}"
 
 
-def _sparsity(row: Any) -> str:
-    text = _number(row["sparsity"], ".2f")
+def sparsity_text(row: Any) -> str:
+    """Fleet mean of the achieved ratio, with its range over devices where it is pruned."""
+    text = number_text(row["sparsity"], ".2f")
     if math.isnan(row["sparsity_low"]) or row["is_reference"]:
         return text
     return f"{text} ({row['sparsity_low']:.2f} to {row['sparsity_high']:.2f})"
 
 
-def _time(row: Any) -> str:
+def time_text(row: Any) -> str:
+    """A row's time to the target and how many of its runs reached it, or that none did."""
     if row["reached"] == 0:
         return "not reached"
     partly = "" if row["reached"] == row["runs"] else f" ({row['reached']} of {row['runs']})"

@@ -13,7 +13,7 @@ from fedsim.experiment.belonging import Group, check_together, clock_text, finis
 from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
-from fedsim.plots.style import COLOURS, PHASE_COLOURS, Sink, canvas, caption, save, styles
+from fedsim.plots.style import COLOURS, PHASE_COLOURS, Sink, canvas, caption, save, styles, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ def draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, sink: Si
                 for _, one in repeats:
                     axes.plot(one["end_s"], one["accuracy"], color=look["color"], linewidth=0.7, alpha=0.4)
             mean = own.groupby("round")[["end_s", "accuracy"]].mean()
-            axes.plot(mean["end_s"], mean["accuracy"], label=group.label, markersize=4, **look)
+            axes.plot(mean["end_s"], mean["accuracy"], label=wrapped(group.label), markersize=4, **look)
         axes.set_xlabel("simulated time (s)")
         axes.set_ylabel("test accuracy (panel mean)" if mark is None else "fitted accuracy (not measured)")
         axes.set_xlim(left=0)
@@ -107,7 +107,7 @@ def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: 
             own = frame[frame["method"] == group.label].groupby("device")["idle_fraction"]
             mean, low, high = (values.reindex(classes).to_numpy() for values in (own.mean(), own.min(), own.max()))
             at = np.arange(len(classes)) + (index - (len(groups) - 1) / 2) * width
-            axes.bar(at, mean, width * 0.92, label=group.label, color=looks[group.label]["color"])
+            axes.bar(at, mean, width * 0.92, label=wrapped(group.label), color=looks[group.label]["color"])
             if len(group.runs) > 1:
                 several = True
                 bounds = np.vstack([mean - low, high - mean])
@@ -152,7 +152,7 @@ def draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, mar
                 else:
                     axes.set_ylim(0, max(top, 0.1) * 1.08)
                 if row % 2 == 0:
-                    axes.set_title(groups[index].label)
+                    axes.set_title(wrapped(groups[index].label))
                 if column == 0:
                     axes.set_ylabel(title)
                 else:
@@ -199,7 +199,7 @@ def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, 
             own = frame[frame["method"] == names[index]].reset_index(drop=True)
             _draw_bars(axes, own, name_classes=index % columns == 0)
             chosen = int(own["round"].iloc[0])
-            axes.set_title(names[index] if same else f"{names[index]}, round {chosen}")
+            axes.set_title(wrapped(names[index] if same else f"{names[index]}, round {chosen}"))
             if index + columns >= len(names):
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("simulated time since the round opened (s)")

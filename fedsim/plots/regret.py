@@ -23,6 +23,8 @@ from fedsim.plots.style import Sink, canvas, caption, save, styles
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SHORT = 26
+"""Longest name, in characters, that fits a panel's title, or three to a line of a legend."""
 _ARM_COLUMNS = [
     "round",
     "client",
@@ -139,10 +141,11 @@ def draw_cumulative_regret(
         if first.cold_start_rounds:
             cold = first.cold_start_first_round, first.cold_start_first_round + first.cold_start_rounds
             axes.axvspan(*cold, color="#EEEEEE", zorder=0, label="cold start")
+        columns = min(3, len(groups) + 1) if max(len(group.label) for group in groups) <= _SHORT else 1
         axes.set_xlabel("round")
         axes.set_ylabel("simulated seconds lost against the oracle")
         axes.set_xlim(left=0)
-        axes.legend(ncols=min(3, len(groups) + 1), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         seeds = "Bold: mean over seeds; thin: each seed. " if several else ""
         caption(figure, f"Expected times, jitter left out; the oracle at each run's own mean ratio. {seeds}{text}")
         sink(figure, frame, "cumulative_regret", mark)
@@ -175,7 +178,7 @@ def _draw_arms(groups: Sequence[Group], known: dict[Path, Regret], text: str, ma
                     own = frame[frame["method"] == groups[place].label]
                     image = _draw_map(axes, own, name, classes, levels, name_classes=place == first)
                     if kind == 0:
-                        axes.set_title(textwrap.fill(groups[place].label, 26))
+                        axes.set_title(textwrap.fill(groups[place].label, _SHORT))
                     elif place + columns >= len(groups):
                         axes.tick_params(labelbottom=True)
                         axes.set_xlabel("round")

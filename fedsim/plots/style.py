@@ -132,6 +132,11 @@ def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | 
     return [*paths, out / f"{name}.csv"]
 
 
+def wrapped(label: str) -> str:
+    """A long label (a method and the settings that tell it from its like) in lines."""
+    return textwrap.fill(label, 36, break_long_words=False, break_on_hyphens=False)
+
+
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dashes by name: beyond seven names a colour returns with other dashes."""
     return {

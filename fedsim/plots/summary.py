@@ -1,0 +1,164 @@
+"""Figures of a report beside those of `fedsim.plots.figures`: speedups, critical path, resources, structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedsim.experiment.comparison_text import scale
+from fedsim.experiment.critical import CAUSES
+from fedsim.plots.style import COLOURS, Sink, canvas, caption, styles, wrapped
+
+_HATCHES = {"compute": "", "link": "////", "wait": "...."}
+_BAR_IN = 0.34
+_GREY = "#555555"
+
+
+def draw_speedups(frame: pd.DataFrame, of: str, baseline: str, text: str, mark: str | None, sink: Sink) -> None:
+    """A bar per method (rows of `summary_frames.speedups`); whiskers are 95% intervals, where there are any.
+
+    Args:
+        of: what is faster, such as "time to accuracy 0.9".
+    """
+    with canvas(7.2, _BAR_IN * len(frame) + 1.6) as figure:
+        axes = figure.add_subplot()
+        top = np.nanmax([1.0, *frame["speedup"], *frame["speedup_high"]])
+        for place, (_, row) in enumerate(frame.iterrows()):
+            value = row["speedup"]
+            if np.isnan(value):
+                reason = "not reached" if row["reached"] == 0 and row["runs"] else "no pair"
+                axes.annotate(reason, (0, place), (4, 0), textcoords="offset points", va="center", color=_GREY)
+                continue
+            axes.barh(place, value, height=0.62, color=_GREY if row["is_baseline"] else COLOURS[0])
+            end, label = value, f"{value:.2f}x"
+            if not np.isnan(row["speedup_low"]) and not row["is_baseline"]:
+                span = [[value - row["speedup_low"]], [row["speedup_high"] - value]]
+                axes.errorbar(value, place, xerr=span, fmt="none", ecolor="#222222", elinewidth=1.0, capsize=3)
+                end = row["speedup_high"]
+            elif not row["is_baseline"]:
+                label += ", no interval"
+            axes.annotate(label, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.axvline(1.0, color=_GREY, linewidth=0.8, linestyle="--")
+        _rows_named(axes, frame["method"])
+        axes.set_xlim(0, top * 1.25)
+        axes.set_xlabel(f"speedup over {baseline}: {of}")
+        caption(figure, "Paired by seed, geometric mean; whiskers: 95% bootstrap interval over seeds. " + text)
+        sink(figure, frame, "speedup", mark)
+
+
+def draw_critical(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:
+    """Share of rounds that each class made slow, by cause (rows of `summary_frames.critical_counts`)."""
+    from matplotlib.patches import Patch
+
+    methods = list(dict.fromkeys(frame["method"]))
+    looks = styles(classes)
+    with canvas(7.2, _BAR_IN * len(methods) + 1.7) as figure:
+        axes = figure.add_subplot()
+        shares = frame.set_index(["method", "device", "cause"])["share"]
+        for place, method in enumerate(methods):
+            left = 0.0
+            for device in classes:
+                for cause in CAUSES:
+                    width = float(shares.get((method, device, cause), 0.0))
+                    if width > 0:
+                        look = {"color": looks[device]["color"], "hatch": _HATCHES[cause], "edgecolor": "white"}
+                        axes.barh(place, width, left=left, height=0.66, linewidth=0.0, **look)
+                        left += width
+        handles: list[Any] = [Patch(facecolor=looks[device]["color"], label=device) for device in classes]
+        present = [cause for cause in CAUSES if cause in set(frame["cause"])]
+        handles += [
+            Patch(facecolor="#999999", hatch=_HATCHES[cause], edgecolor="white", label=cause) for cause in present
+        ]
+        _rows_named(axes, methods)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_formatter(_percent())
+        axes.set_xlabel("share of rounds, by the class of the last client to finish, and what held it up")
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
+        caption(figure, "All seeds. Cause: where that client exceeds the round's median client most. " + text)
+        sink(figure, frame, "critical_path", mark)
+
+
+def draw_resources(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:
+    """Traffic, energy and the highest memory use by method and class (rows of `summary_frames.resources`)."""
+    methods = list(dict.fromkeys(frame["method"]))
+    names = [name for name in [*classes, "all"] if name in set(frame["device"])]
+    looks = styles(names)
+    with canvas(8.6, _BAR_IN * len(methods) + 1.8) as figure:
+        left_axes, middle, right = figure.subplots(1, 3, sharey=True)
+        own = frame.assign(traffic=frame["bytes_down"] + frame["bytes_up"])
+        for axes, quantity, unit in ((left_axes, "traffic", "B"), (middle, "energy_j", "J")):
+            totals = own.pivot_table(index="method", columns="device", values=quantity, sort=False).reindex(methods)
+            prefix, factor = scale(float(totals.sum(axis=1).max()), unit)
+            left = np.zeros(len(methods))
+            for name in names:
+                width = totals[name].fillna(0.0).to_numpy() / factor
+                axes.barh(range(len(methods)), width, left=left, height=0.66, color=looks[name]["color"])
+                left += width
+            axes.set_xlabel(f"{'traffic, both ways' if unit == 'B' else 'energy'} ({prefix})")
+        prefix, factor = scale(float(own["peak_memory_bytes"].max() or 0.0), "B")
+        for name in names:
+            mine = own[own["device"] == name]
+            places = [methods.index(method) for method in mine["method"]]
+            look = {"color": looks[name]["color"], "marker": looks[name]["marker"], "linestyle": "none"}
+            right.plot(mine["peak_memory_bytes"] / factor, places, label=name, **look)
+        right.set_xlabel(f"highest memory use ({prefix})")
+        right.set_xlim(left=0)
+        _rows_named(left_axes, methods)
+        handles, labels = right.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(names))
+        caption(figure, "Totals of a run, mean over seeds; memory: the highest of any client and round. " + text)
+        sink(figure, frame, "resources", mark)
+
+
+def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink) -> None:
+    """Kept share of heads and channels by layer (rows of `summary_frames.structures`); bands: all clients."""
+    methods = list(dict.fromkeys(frame["method"]))
+    looks = styles(methods)
+    layers = int(frame["layer"].max()) + 1
+    with canvas(7.2, 3.6) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, kind in zip(panels, ("heads", "channels"), strict=True):
+            for place, method in enumerate(methods):
+                own = frame[frame["method"] == method]
+                # Side by side within a layer: methods at one sparsity would hide each other.
+                at = own["layer"] + (place - (len(methods) - 1) / 2) * 0.6 / max(len(methods), 2)
+                low, mean, high = (own[f"{kind}_{what}"] / own[kind] for what in ("low", "mean", "high"))
+                look = looks[method]
+                axes.errorbar(
+                    at,
+                    mean,
+                    yerr=np.vstack([mean - low, high - mean]),
+                    fmt=look["marker"],
+                    color=look["color"],
+                    markersize=4,
+                    elinewidth=1.0,
+                    capsize=2,
+                    label=wrapped(method),
+                )
+            axes.set_title(f"{'head groups' if kind == 'heads' else 'FFN channels'} ({own[kind].iloc[0]} a layer)")
+            axes.set_xlabel("layer")
+            axes.set_xticks(range(0, layers, max(1, layers // 8)))
+            axes.set_xlim(-0.5, layers - 0.5)
+            axes.set_ylim(0, 1.05)
+            axes.yaxis.set_major_formatter(_percent())
+        panels[0].set_ylabel("kept at the end")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(methods)))
+        caption(figure, "Mean over clients, first seed; whiskers: the client that keeps least and most. " + text)
+        sink(figure, frame, "structure", mark)
+
+
+def _rows_named(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), [wrapped(name) for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _percent() -> Any:
+    from matplotlib.ticker import PercentFormatter
+
+    return PercentFormatter(1.0, decimals=0)

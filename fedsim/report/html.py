@@ -1,0 +1,110 @@
+"""Pieces of a page: escaped text, tables, figures with their numbers, and the frame around them."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from urllib.parse import quote
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A table's cell: what it shows, and the number it is sorted by (None: its text)."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with an entry in its contents."""
+
+    name: str
+    title: str
+    body: str
+
+
+def escaped(text: object) -> str:
+    """Text as HTML."""
+    return html.escape(str(text), quote=True)
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text."""
+    return f"<p{_class(kind)}>{escaped(text)}</p>"
+
+
+def bullets(items: Sequence[str]) -> str:
+    """A list of plain texts; nothing for none."""
+    return f"<ul>{''.join(f'<li>{escaped(item)}</li>' for item in items)}</ul>" if items else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Cell | str]], caption: str, kind: str = "sortable") -> str:
+    """A table that the script makes sortable; a `Cell` with a number is flush right."""
+    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
+    body = []
+    for row in rows:
+        cells = [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
+        body.append(
+            f'<tr><th scope="row">{escaped(cells[0].text)}</th>' + "".join(_cell(cell) for cell in cells[1:]) + "</tr>"
+        )
+    return (
+        f'<div class="scroll" tabindex="0"><table{_class(kind)}><caption>{escaped(caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def details(summary: str, body: str) -> str:
+    """A part that opens on a click."""
+    return f"<details><summary>{escaped(summary)}</summary>{body}</details>"
+
+
+def figure(svg: str, title: str, caption: str, csv_name: str, frame: pd.DataFrame) -> str:
+    """A drawn figure with its caption and its numbers to save."""
+    named = svg.replace('role="img"', f'role="img" aria-label="{escaped(title)}"', 1)
+    return (
+        f'<figure><div class="scroll" tabindex="0">{named}</div>'
+        f"<figcaption>{escaped(caption)} {csv_link(csv_name, frame)}</figcaption></figure>"
+    )
+
+
+def csv_link(name: str, frame: pd.DataFrame) -> str:
+    """A link that holds the whole table as CSV (numbers to six digits), and needs no server."""
+    text = frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    data = quote(text, safe=" ,.:;-_/()=+")
+    return f'<a download="{escaped(name)}.csv" href="data:text/csv;charset=utf-8,{data}">CSV</a>'
+
+
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
+    """The whole page. Its content policy forbids every request: what is not in the file is not shown."""
+    style, script = _asset("page.css"), _asset("page.js")
+    contents = "".join(f'<li><a href="#{one.name}">{escaped(one.title)}</a></li>' for one in sections)
+    body = "".join(f'<section id="{one.name}"><h2>{escaped(one.title)}</h2>{one.body}</section>' for one in sections)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'; img-src data:\">"
+        f"<title>{escaped(title)}</title><style>{style}</style></head>"
+        f"<body><header><h1>{escaped(title)}</h1>{lead}</header>"
+        f'<nav aria-label="Contents"><ul>{contents}</ul></nav><main>{body}</main>'
+        f"<script>{script}</script></body></html>\n"
+    )
+
+
+def _asset(name: str) -> str:
+    return (resources.files("fedsim.report") / name).read_text(encoding="utf-8")
+
+
+def _cell(cell: Cell) -> str:
+    if cell.value is None:
+        return f"<td>{escaped(cell.text)}</td>"
+    return f'<td class="number" data-value="{cell.value:.9g}">{escaped(cell.text)}</td>'
+
+
+def _class(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""
