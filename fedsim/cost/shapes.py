@@ -12,12 +12,13 @@ from fedsim.errors import ModelError, nearest
 from fedsim.resources import asset_folder
 from fedsim.structure import Architecture, ModelShape
 
-_BERT = {"vocab": 30522, "positions": 512}
-_ROBERTA = {"vocab": 50265, "positions": 514}
+_BERT = (30522, 512)
+_ROBERTA = (50265, 514)
+"""Rows of the word and of the position embeddings."""
 
 
 def _encoder(
-    name: str, architecture: Architecture, layers: int, hidden: int, heads: int, embeddings: dict[str, int]
+    name: str, architecture: Architecture, layers: int, hidden: int, heads: int, embeddings: tuple[int, int]
 ) -> ModelShape:
     """An encoder with the usual proportions: FFN four times the hidden width."""
     return ModelShape(
@@ -29,8 +30,8 @@ def _encoder(
         heads,
         hidden // heads,
         4 * hidden,
+        *embeddings,
         pooler_width=hidden if architecture == "roberta" else 0,
-        **embeddings,
     )
 
 

@@ -160,6 +160,7 @@ def _capped(train: LabelledText, settings: DataSettings, seed: int) -> LabelledT
 
 
 def _assemble(rows: _Rows, test_rows: _Rows | None, settings: DataSettings, where: str, seed: int) -> Corpus:
+    made: Callable[[_Rows, tuple[str, ...]], LabelledText]
     if settings.task == "causal_lm":
         names = tuple(sorted({*_categories(rows), *(_categories(test_rows) if test_rows else ())}))
         made = _answered

@@ -80,7 +80,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     if config.train.engine not in ("none", "surrogate"):
         say("reading data")
         corpus = _with_test_sample(load_corpus(config.data, config.seed), config)
-    labels = len(corpus.label_names) if corpus else 2
+    labels = _outputs(config, corpus)
     shape = load_shape(config.model.name, labels)
     clock_shape = load_shape(config.cost.model, labels) if config.cost.model else shape
     participants = participants_per_round(config, fleet.clients)
@@ -131,9 +131,15 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
         quiet_ask=build_ask(config, method, shape, clock_shape, estimates=False),
     )
-    all_weights = shape.prunable_weights + shape.embedding_weights + shape.head_weights
-    fraction = shape.prunable_weights / all_weights
+    fraction = shape.prunable_weights / shape.all_weights
     return Experiment(config, fleet, Federation(parts), fraction, facts, tuple(labels_of_learning))
+
+
+def _outputs(config: Config, corpus: Corpus | None) -> int:
+    """Outputs of the classifier: two where no data says; none, which is a language model, for ``causal_lm``."""
+    if config.data.task == "causal_lm":
+        return 0
+    return len(corpus.label_names) if corpus else 2
 
 
 def _check_names(config: Config) -> None:

@@ -270,8 +270,11 @@ def _check(config: Config, method: Method) -> None:
             f"data.path: value {config.data.path!r} is not allowed beside data.name = "
             f"{config.data.name!r} (give one of them; data.name=null takes a preset's away)"
         )
-    if config.data.task == "causal_lm":
-        raise ConfigError("data.task: value 'causal_lm' is not allowed yet (this version trains: classification)")
+    if config.data.task == "causal_lm" and model.pooling != "native":
+        raise ConfigError(
+            f"model.pooling: value {model.pooling!r} is not allowed with data.task causal_lm (native: every token "
+            "predicts the next one, and nothing is pooled)"
+        )
     if config.server.over_selection > 0 and config.server.clients_per_round == "all":
         raise ConfigError(
             f"server.over_selection: value {config.server.over_selection:g} is not allowed with "

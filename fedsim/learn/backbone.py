@@ -203,7 +203,7 @@ def _load_config(name: str, source: str, is_local: bool) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hush the loading report and its bar: who loads checks what it warns of (`_load_encoder` refuses it)."""
+    """Hush the loading report and its bar: who loads checks what it warns of (`_load_model` refuses it)."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)
     transformers_logging.disable_progress_bar()
@@ -215,13 +215,24 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_encoder(
-    name: str, source: str, is_local: bool, config: Any, native_pooler: bool, attention: str, dtype: torch.dtype
+def _load_model(
+    settings: ModelSettings,
+    source: str,
+    is_local: bool,
+    config: Any,
+    shape: ModelShape,
+    attention: str,
+    dtype: torch.dtype,
 ) -> Any:
-    options: dict[str, Any] = {} if config.model_type == "llama" else {"add_pooling_layer": native_pooler}
+    """The base model; a language model with its output."""
+    name = settings.name
+    options: dict[str, Any] = {}
+    if shape.architecture != "llama":
+        options["add_pooling_layer"] = settings.pooling == "native" and shape.architecture == "bert"
+    auto_class: Any = AutoModelForCausalLM if shape.is_language_model else AutoModel
     try:
         with quiet():
-            encoder, report = AutoModel.from_pretrained(
+            model, report = auto_class.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -236,6 +247,11 @@ def _load_encoder(
         sizes = "; its weights do not have the sizes that config.json gives" if "mismatch" in str(error).lower() else ""
         raise ModelError(f"model.name '{name}': the weights cannot be loaded{sizes} ({_first_line(error)})") from error
     missing = sorted(report["missing_keys"])
+    if missing == ["lm_head.weight"]:
+        raise ModelError(
+            f"model.name '{name}' has no output weights (lm_head), and data.task 'causal_lm' needs them (allowed: the "
+            "checkpoint of a causal language model, or one that ties them to its embeddings)"
+        )
     if missing and all("pooler." in key for key in missing):
         raise ModelError(
             f"model.name '{name}' has no pooler weights, and model.pooling 'native' of a BERT needs them "
@@ -243,7 +259,7 @@ def _load_encoder(
         )
     if missing:
         raise ModelError(f"model.name '{name}' lacks {len(missing)} of the backbone's weights (first: {missing[0]})")
-    return encoder
+    return model
 
 
 def _load_tokenizer(name: str, source: str, is_local: bool, vocab: int) -> Any:
@@ -270,6 +286,11 @@ def _load_tokenizer(name: str, source: str, is_local: bool, vocab: int) -> Any:
 
 def _shape_of(settings: ModelSettings, config: Any, labels: int) -> ModelShape:
     is_llama = config.model_type == "llama"
+    if labels == 0 and not is_llama:
+        raise ModelError(
+            f"model.name '{settings.name}' is of type '{config.model_type}', an encoder, but data.task 'causal_lm' "
+            "needs a decoder (allowed type: llama)"
+        )
     heads = config.num_attention_heads
     with_dense = config.model_type == "roberta" and settings.pooling == "native"
     return ModelShape(
@@ -285,6 +306,7 @@ def _shape_of(settings: ModelSettings, config: Any, labels: int) -> ModelShape:
         positions=0 if is_llama else config.max_position_embeddings,
         labels=labels,
         pooler_width=config.hidden_size if with_dense else 0,
+        tied=is_llama and bool(config.tie_word_embeddings),
     )
 
 

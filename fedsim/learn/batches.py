@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 IntArray = NDArray[np.int64]
 _CPU = torch.device("cpu")
+IGNORED = -100
+"""The label that PyTorch's cross-entropy leaves out."""
 
 
 class LabelledTextLike(Protocol):
@@ -52,12 +54,15 @@ class EncodedText:
         lengths: real tokens of each sample, shape (N,), >= 1.
         labels: class indices, shape (N,).
         token_type_ids: shape (N, longest), int32, or None where the tokenizer makes none.
+        response_start: first token of each sample's response, shape (N,), >= 1 and below its length; None where
+            samples are classified. What is learned then is every token from there on, `labels` are only categories.
     """
 
     input_ids: NDArray[np.int32]
     lengths: IntArray
     labels: IntArray
     token_type_ids: NDArray[np.int32] | None
+    response_start: IntArray | None = None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -66,7 +71,11 @@ class EncodedText:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What a model takes: int64 tensors of shape (batch, longest in the batch), and labels of shape (batch,)."""
+    """What a model takes: int64 tensors of shape (batch, longest in the batch), and what it is to say.
+
+    `labels` are classes, shape (batch,); where responses are learned, each token's successor, shape (batch, longest),
+    `IGNORED` where that is no token of a response.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -100,13 +109,13 @@ def encode(texts: LabelledTextLike, tokenizer: PreTrainedTokenizerBase, max_leng
     lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
     if lengths.min() == 0:
         raise DataError(f"data: the text of sample {int(lengths.argmin())} has no tokens; at least 1 is needed")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = padding_token(tokenizer)
     types = rows.get("token_type_ids")
     return EncodedText(
-        input_ids=_padded(ids, lengths, int(pad or 0)),
+        input_ids=padded(ids, lengths, pad),
         lengths=lengths,
         labels=labels,
-        token_type_ids=None if types is None else _padded(types, lengths, 0),
+        token_type_ids=None if types is None else padded(types, lengths, 0),
     )
 
 
@@ -117,12 +126,24 @@ def make_batch(encoded: EncodedText, indices: ArrayLike, device: torch.device = 
     longest = int(lengths.max())
     mask = np.arange(longest) < lengths[:, None]
     types = encoded.token_type_ids
+    labels = encoded.labels[chosen] if encoded.response_start is None else successors(encoded, chosen)
     return Batch(
         input_ids=_tensor(encoded.input_ids[chosen, :longest], device),
         attention_mask=_tensor(mask, device),
         token_type_ids=None if types is None else _tensor(types[chosen, :longest], device),
-        labels=_tensor(encoded.labels[chosen], device),
+        labels=_tensor(labels, device),
     )
+
+
+def successors(encoded: EncodedText, chosen: IntArray) -> IntArray:
+    """Each token's successor where that belongs to a response, else `IGNORED`: shape (chosen, longest of them)."""
+    assert encoded.response_start is not None
+    lengths, start = encoded.lengths[chosen, None], encoded.response_start[chosen, None]
+    longest = int(lengths.max())
+    after = np.full((len(chosen), longest), IGNORED, dtype=np.int64)
+    after[:, :-1] = encoded.input_ids[chosen, 1:longest]
+    place = np.arange(1, longest + 1)
+    return np.where((place >= start) & (place < lengths), after, IGNORED)
 
 
 def batch_stream(
@@ -214,7 +235,13 @@ def _some(indices: ArrayLike, client: int) -> IntArray:
     return samples
 
 
-def _padded(rows: Sequence[Sequence[int]], lengths: IntArray, pad: int) -> NDArray[np.int32]:
+def padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's padding token, else its end token (a mask hides it), else 0."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return int(pad or 0)
+
+
+def padded(rows: Sequence[Sequence[int]], lengths: IntArray, pad: int) -> NDArray[np.int32]:
     """Ragged rows as one array, filled up on the right."""
     filled = np.full((len(rows), int(lengths.max())), pad, dtype=np.int32)
     filled[np.arange(filled.shape[1]) < lengths[:, None]] = np.concatenate([np.asarray(row, np.int32) for row in rows])

@@ -15,6 +15,7 @@ from fedsim.learn.batches import encode
 from fedsim.learn.engine import chosen_precision, make_engine
 from fedsim.learn.importance import find_criterion
 from fedsim.learn.learner import LearnerParts, LoraLearner
+from fedsim.learn.prompts import encode_prompts
 from fedsim.learn.train import ClientData, TrainRule
 from fedsim.settings import Config
 from fedsim.specs import IntArray
@@ -58,7 +59,9 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     precision = chosen_precision(config.train.precision, config.train.engine, device)
     products = torch.bfloat16 if precision == "bf16" else torch.float32
-    backbone = load_backbone(config.model, len(corpus.label_names), config.seed, device, products=products)
+    responses = corpus.train.responses is not None
+    labels = 0 if responses else len(corpus.label_names)
+    backbone = load_backbone(config.model, labels, config.seed, device, products=products)
     if config.train.max_length > backbone.max_tokens:
         raise ConfigError(
             f"train.max_length: value {config.train.max_length} is not allowed (model '{config.model.name}' takes at "
@@ -76,7 +79,9 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         rank_decay=config.train.rank_decay,
         rank_penalty=config.train.rank_penalty,
     )
-    text = encode(corpus.train, backbone.tokenizer, config.train.max_length)
-    test = encode(corpus.test, backbone.tokenizer, config.train.max_length)
+    encode_text = encode_prompts if responses else encode
+    text, test = (
+        encode_text(part, backbone.tokenizer, config.train.max_length) for part in (corpus.train, corpus.test)
+    )
     engine = make_engine(config, backbone, adapter, ClientData(text, parts), test, rule, precision)
     return LoraLearner(LearnerParts(config, backbone, engine, criterion), adapter)

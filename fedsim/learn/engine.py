@@ -22,13 +22,11 @@ from fedsim.learn.cohort.plan import ChunkPlan
 from fedsim.learn.cohort.stack import Base
 from fedsim.learn.cohort.tester import CohortTester
 from fedsim.learn.cohort.trainer import CohortTrainer
-from fedsim.learn.evaluate import Tester
+from fedsim.learn.evaluate import Tester, sentences_at_once
 from fedsim.learn.linears import target_linears
 from fedsim.learn.train import ClientData, Trainer, TrainRule
 from fedsim.settings import Config
 from fedsim.structure import ModelShape
-
-EVALUATION_BATCH = 64
 
 _ALONE_ELEMENTS = 1 << 18
 """From this width of a client's step on (tokens x FFN channels) a processor is busy with one client: chunks of one."""
@@ -79,7 +77,7 @@ def chunk_clients(shape: ModelShape, tokens: int, device: torch.device) -> int |
     """
     if device.type == "cuda":
         return None
-    elements = tokens * shape.ffn
+    elements = tokens * max(shape.ffn, shape.vocab if shape.is_language_model else 0)
     return 1 if elements >= _ALONE_ELEMENTS else max(1, _TOGETHER_ELEMENTS // elements)
 
 
@@ -99,14 +97,16 @@ def make_engine(
         from fedsim.learn.reference import ReferenceTester, ReferenceTrainer
 
         model = LoraModel(backbone, settings.lora_targets, settings.lora_alpha_over_rank)
-        batches, _ = eval_batches(test, EVALUATION_BATCH, backbone.device)
+        size = sentences_at_once(backbone.shape, int(test.lengths.max()))
+        batches, _ = eval_batches(test, size, backbone.device)
         return Engine("reference", "fp32", None, ReferenceTrainer(model, data, rule), ReferenceTester(model, batches))
     name = "sliced" if train.engine == "auto" else train.engine
     frozen = {
         linear: (weight.detach(), None if bias is None else bias.detach())
         for linear, (weight, bias) in backbone.full_weights.items()
     }
-    dtype = next(iter(adapter.head.values())).dtype
+    first, _ = next(iter(adapter.factors.values()))
+    dtype = first.dtype
 
     def base(sliced: bool) -> Base:
         targets = target_linears(backbone.shape, settings.lora_targets)

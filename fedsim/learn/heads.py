@@ -1,6 +1,8 @@
-"""From token vectors to class scores: pooling and the trained classification head."""
+"""From token vectors to scores: pooling and the trained classification head, or the next token's."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -80,3 +82,27 @@ class SentenceClassifier(nn.Module):
         places = torch.arange(tokens.shape[1], device=tokens.device)
         last = (attention_mask * places).argmax(dim=1)
         return tokens[torch.arange(tokens.shape[0], device=tokens.device), last]
+
+
+class NextToken(nn.Module):
+    """A Hugging Face causal language model as it is: its own frozen product with the vocabulary, no head of ours."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    @property
+    def output(self) -> nn.Linear:
+        """The frozen product with the vocabulary (``lm_head``; tied to the word embeddings or not)."""
+        layer: nn.Linear = self.model.get_output_embeddings()
+        return layer
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Integer tensors of shape ``(batch, tokens)`` to logits of each token's successor ``(batch, tokens, vocab)``.
+
+        `token_type_ids`, which some tokenizers make, are not used.
+        """
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits

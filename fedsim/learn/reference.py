@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 
 from fedsim.learn.adapter import Adapter, restrict
-from fedsim.learn.batches import Batch, batch_stream, fixed_batch
+from fedsim.learn.batches import IGNORED, Batch, batch_stream, fixed_batch
 from fedsim.learn.evaluate import Measured, each_once
 from fedsim.learn.importance import GroupScores, lora_importance, smooth
 from fedsim.learn.lora import LoraModel
@@ -56,7 +56,7 @@ class ReferenceTrainer:
             optimizer.zero_grad(set_to_none=True)
             batch = next(stream)
             with model.watching() if self._watches(request, step) else nullcontext():
-                loss = torch.nn.functional.cross_entropy(model.logits(batch), batch.labels)
+                loss = _cross_entropy(model.logits(batch), batch.labels)
             if not math.isfinite(float(loss.detach())):
                 outcome = Outcome.NON_FINITE
                 break
@@ -112,7 +112,7 @@ class ReferenceTrainer:
 
     @torch.no_grad()
     def _probe_loss(self, probe: Batch) -> float:
-        return float(torch.nn.functional.cross_entropy(self._model.logits(probe), probe.labels))
+        return float(_cross_entropy(self._model.logits(probe), probe.labels))
 
 
 class ReferenceTester:
@@ -133,6 +133,11 @@ class ReferenceTester:
         for batch in self._batches:
             logits = model.logits(batch)
             correct += int((logits.argmax(dim=-1) == batch.labels).sum())
-            loss_sum += float(torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum"))
-            count += len(batch.labels)
+            loss_sum += float(_cross_entropy(logits, batch.labels, reduction="sum"))
+            count += int((batch.labels != IGNORED).sum())
         return correct / count, loss_sum / count
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+    """Of logits ``(batch, labels)`` and classes ``(batch,)``, or ``(batch, tokens, vocab)`` and successors."""
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction=reduction)

@@ -119,7 +119,7 @@ REFUSED = [
     ({"model": {"lora_targets": ["query"]}}, r"model.lora_targets: value \['query'\]"),
     ({"aggregate": {"rule": "average_factors"}}, r"aggregate.rule: value 'average_factors'"),
     ({"data": {"name": "synthetic", "path": "x.tsv"}}, r"data.path: value 'x.tsv'"),
-    ({"data": {"task": "causal_lm"}}, r"data.task: value 'causal_lm'"),
+    ({"data": {"task": "causal_lm"}, "model": {"pooling": "mean"}}, r"model.pooling: value 'mean' .*causal_lm"),
     ({"reward": {"weights": [1, 2]}}, r"reward.weights"),
     ({"seed": 2**64}, r"seed: value 18446744073709551616 is not allowed .*less than"),
     ({"train": {"threads": 100_000}}, r"train.threads: value 100000 is not allowed .*1024"),

@@ -3,7 +3,8 @@
 The blocks are those of the Hugging Face models (their embeddings, norms, activations and rotary positions are called
 as they are); only the Linears and the way that tokens lie in memory are ours. Where a classifier reads one token per
 sentence, the last block computes queries, attention output and feed-forward for that token alone: the others' would be
-thrown away. Exact, and for two layers it halves the work.
+thrown away. Exact, and for two layers it halves the work. A language model runs its last block in full, and multiplies
+by the vocabulary only the tokens whose successors are scored.
 """
 
 from __future__ import annotations
@@ -34,14 +35,15 @@ class CohortModel:
         self._linears: list[Mapping[Role, PrunableLinear]] = [{} for _ in range(shape.layers)]
         for linear in prunable_linears(shape):
             self._linears[linear.layer] = {**self._linears[linear.layer], linear.role: linear}
-        self._pooling = pooling
         encoder: Any = backbone.encoder
         self._block = self._llama_block if shape.architecture == "llama" else self._encoder_block
         self._modules: list[Any] = list(encoder.layers if shape.architecture == "llama" else encoder.encoder.layer)
         single = "last" if shape.architecture == "llama" else "first"
+        if shape.is_language_model:
+            pooling = "next"
         is_roberta = shape.architecture == "roberta"
         self.pack_rule = PackRule(
-            pooling="mean" if pooling == "mean" else single,
+            pooling=single if pooling == "native" else pooling,
             causal=shape.architecture == "llama",
             first_position=int(encoder.embeddings.padding_idx) + 1 if is_roberta else 0,
             pad_token=int(encoder.embeddings.padding_idx) if is_roberta else 0,
@@ -49,13 +51,17 @@ class CohortModel:
         )
 
     def logits(self, batch: PackedBatch, stack: CohortStack) -> torch.Tensor:
-        """Class scores ``(C, n, labels)``; those of empty slots mean nothing."""
+        """Scores ``(C, n, labels)``, or ``(C, n, vocab)`` of the next tokens; those of empty slots mean nothing."""
         x, rotary = self._embed(batch, stack.base.dtype)
         last = len(self._modules) - 1
         for layer, module in enumerate(self._modules):
             readout = batch.readout if layer == last else None
             x = self._block(_Layer(stack, self._linears[layer], batch, readout, rotary), module, x)
-        return self._head(self._pool(x, batch), stack)
+        x = self._pool(x, batch)
+        output = self._backbone.output
+        if output is not None:
+            return lora_linears(x, [(output.weight, None)], [None], 1.0)[0]
+        return self._head(x, stack)
 
     def losses(self, batch: PackedBatch, stack: CohortStack) -> torch.Tensor:
         """Every client's mean cross-entropy, ``(C,)``."""
@@ -94,6 +100,8 @@ class CohortModel:
     def _pool(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         """``(C, n, hidden)``; the last norm of LLaMA included."""
         encoder: Any = self._backbone.encoder
+        if batch.predicting is not None:
+            x = batch.predicting.forth(x.flatten(0, 1)).view(batch.clients, batch.slots, -1)
         if self._backbone.shape.architecture == "llama":
             x = encoder.norm(x)
         if batch.averages is not None:

@@ -46,6 +46,7 @@ def client_bytes(
         np.full(batch_size, max_length),
         np.zeros(batch_size, dtype=np.int64),
         None,
+        np.ones(batch_size, dtype=np.int64) if base.backbone.shape.is_language_model else None,
     )
     batch = pack(text, [np.arange(batch_size)], model.pack_rule, device, base.dtype)
     if device.type == "cuda":
@@ -66,11 +67,13 @@ def client_bytes(
     loss.backward()
     trained = sum(tensor.nbytes for tensor in stack.trained)
     frozen = _storages(weight for weight, _ in base.frozen.values())
+    output = base.backbone.output
+    shared = frozen if output is None else frozen | _storages([output.weight])
     if device.type == "cuda":
         activations = torch.cuda.max_memory_allocated(device) - before + (_COPIES - 2) * trained
     else:
         # Gradients of activations live beside them, a few at a time: the largest twice.
-        own = {pointer: size for pointer, size in kept.items() if pointer not in frozen}
+        own = {pointer: size for pointer, size in kept.items() if pointer not in shared}
         activations = sum(own.values()) + 2 * max(own.values(), default=0) + _COPIES * trained
     # Where structures differ every client has a copy of what it keeps.
     return activations + (sum(frozen.values()) if base.sliced and prunes else 0)

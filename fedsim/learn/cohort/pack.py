@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.learn.batches import EncodedText
+from fedsim.learn.batches import IGNORED, EncodedText, successors
 from fedsim.learn.cohort.kernels import RowMap
 from fedsim.specs import FloatArray, IntArray
 
@@ -27,7 +27,8 @@ class PackRule:
     """How a model wants its sentences.
 
     Attributes:
-        pooling: ``first`` token, ``last`` token, or ``mean`` of the tokens.
+        pooling: ``first`` token, ``last`` token, or ``mean`` of the tokens; ``next``: no pooling, every token before a
+            token of a response is read by itself.
         causal: whether a token sees only those before it.
         first_position: number of a sentence's first position (RoBERTa counts from its padding token on).
         pad_token: id on empty places; in RoBERTa a token with this id does not count as a position.
@@ -52,17 +53,20 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
-    """One batch of each of C clients: up to n sentences and T tokens per client.
+    """One batch of each of C clients: T tokens per client, and up to n slots, which are what is scored.
+
+    A slot is a sentence, or, where responses are learned, a token whose successor belongs to a response.
 
     Attributes:
         clients, tokens, slots: C, T, n.
         input_ids, position_ids, token_type_ids: ``(1, C * T)``; types are None where the text has none.
-        labels: ``(C, n)``; weights: ``(C, n)``, 1 / sentences of the client, 0 on empty slots.
+        labels: ``(C, n)``, classes or successors; weights: ``(C, n)``, 1 / slots of the client, 0 on empty slots.
         buckets: in the order in which their sentences stand.
         to_buckets: packed tokens to the buckets' places ``sum(sentences * length)``; None where that is the same order.
-        readout: packed tokens to the one token per slot that is read, ``C * n`` rows; None with ``mean`` pooling.
+        readout: packed tokens to the one token per sentence that is read, ``C * n`` rows; None with other pooling.
         readout_to_buckets: slots to sentences in bucket order; None where that is the same order.
         averages: ``(C, n, T)``, the weights of ``mean`` pooling; None without.
+        predicting: packed tokens to slots, ``C * n`` rows, with ``next`` pooling; None without.
     """
 
     clients: int
@@ -78,6 +82,7 @@ class PackedBatch:
     readout: RowMap | None
     readout_to_buckets: RowMap | None
     averages: torch.Tensor | None
+    predicting: RowMap | None
 
 
 def pack(
@@ -90,11 +95,10 @@ def pack(
         dtype: of the floating tensors.
     """
     counts = np.array([len(part) for part in samples])
-    clients, slots = len(counts), int(counts.max())
+    clients = len(counts)
     chosen = np.concatenate(samples)
     lengths = text.lengths[chosen]
     owner = np.repeat(np.arange(clients), counts)
-    slot = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
     ends = np.cumsum(lengths)
     per_client = np.bincount(owner, weights=lengths, minlength=clients).astype(np.int64)
     tokens = int(per_client.max())
@@ -113,17 +117,25 @@ def pack(
     if text.token_type_ids is not None:
         types = np.zeros(clients * tokens, dtype=np.int64)
         types[places] = text.token_type_ids[chosen, : len(within)][real]
-    flat_slot = owner * slots + slot
+    scored = _next_tokens(text, chosen, start) if rule.pooling == "next" else _sentences(text, chosen)
+    slot_owner = owner[scored.sentence]
+    slot_counts = np.bincount(slot_owner, minlength=clients)
+    slots = int(slot_counts.max())
+    first_slot = np.cumsum(slot_counts) - slot_counts
+    flat_slot = slot_owner * slots + np.arange(len(slot_owner)) - first_slot[slot_owner]
     labels = np.zeros(clients * slots, dtype=np.int64)
-    labels[flat_slot] = text.labels[chosen]
+    labels[flat_slot] = scored.label
     weights = np.zeros(clients * slots)
-    weights[flat_slot] = 1.0 / counts[owner]
+    weights[flat_slot] = 1.0 / slot_counts[slot_owner]
 
     rows = clients * tokens
     order = np.argsort(-_rounded(lengths, rule.length_step), kind="stable")
     to_buckets, buckets = _bucketed(start[order], lengths[order], rule.length_step, rows)
-    readout = read_to_buckets = averages = None
-    if rule.pooling == "mean":
+    readout = read_to_buckets = averages = predicting = None
+    if scored.place is not None:
+        predicting = np.full(clients * slots, -1)
+        predicting[flat_slot] = scored.place
+    elif rule.pooling == "mean":
         averages = np.zeros((clients, slots, tokens))
         averages.reshape(clients * slots, tokens)[np.repeat(flat_slot, lengths), places % tokens] = np.repeat(
             1.0 / lengths, lengths
@@ -149,7 +161,28 @@ def pack(
         readout=None if readout is None else put.row_map(readout, rows, keep_identity=True),
         readout_to_buckets=None if read_to_buckets is None else put.row_map(read_to_buckets, clients * slots),
         averages=None if averages is None else put.tensor(averages),
+        predicting=None if predicting is None else put.row_map(predicting, rows, keep_identity=True),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """What is scored, in the order of the sentences: the sentence, the label, and the packed place if it is a token."""
+
+    sentence: IntArray
+    label: IntArray
+    place: IntArray | None
+
+
+def _sentences(text: EncodedText, chosen: IntArray) -> _Scored:
+    return _Scored(np.arange(len(chosen)), text.labels[chosen], None)
+
+
+def _next_tokens(text: EncodedText, chosen: IntArray, start: IntArray) -> _Scored:
+    """Every token whose successor belongs to a response; the sentences begin at the packed places `start`."""
+    label = successors(text, chosen)
+    sentence, within = np.nonzero(label != IGNORED)
+    return _Scored(sentence, label[sentence, within], start[sentence] + within)
 
 
 def _positions(ids: NDArray[np.int32], rule: PackRule) -> Positions:

@@ -13,10 +13,8 @@ from fedsim.learn.batches import EncodedText
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.pack import pack
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
-from fedsim.learn.evaluate import each_once
+from fedsim.learn.evaluate import each_once, sentences_at_once
 from fedsim.structure import Structure
-
-_BATCH = 64
 
 
 class CohortTester:
@@ -29,9 +27,10 @@ class CohortTester:
     def __init__(self, model: CohortModel, base: Base, text: EncodedText) -> None:
         self._model, self._base = model, base
         order = np.argsort(-text.lengths, kind="stable")
+        size = sentences_at_once(base.backbone.shape, int(text.lengths.max()))
         self._batches = [
-            pack(text, [order[start : start + _BATCH]], model.pack_rule, base.backbone.device, base.dtype)
-            for start in range(0, len(order), _BATCH)
+            pack(text, [order[start : start + size]], model.pack_rule, base.backbone.device, base.dtype)
+            for start in range(0, len(order), size)
         ]
 
     def measure(self, adapter: Adapter, structures: Sequence[Structure]) -> list[tuple[float, float]]:
