@@ -1,11 +1,13 @@
 """What each controller costs in simulated time, on both fleets and three seeds; nothing is trained.
 
-    python experiments/policies/study.py [--out DIR] [--seeds 0 1 2] [--policies uniform random sucb balanced oracle]
+    python experiments/policies/study.py [--out DIR] [--seeds 0 1 2] [--policies uniform sucb ...]
+        [--figures]
 
 Prints total simulated seconds, idle share of the last 20 rounds (fleet mean, and of the fastest class), and how far
 `balanced` stays behind `oracle`: its round time over the oracle's from ten rounds after pruning begins, leaving out the
-two rounds after each re-drawing of power modes. Writes the table as CSV. All of it is a reconstruction: the paper
-states neither its bandit's constants nor its testbed's link speeds.
+two rounds after each re-drawing of power modes; and the regret of each policy against the oracle at its own mean ratio
+(`fedsim.experiment.regret`). Writes the table as CSV, and with ``--figures`` regret and arms over time of each fleet.
+All of it is a reconstruction: the paper states neither its bandit's constants nor its testbed's link speeds.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import numpy as np
 import pandas as pd
 
 import fedsim
+from fedsim.experiment.regret import regret
+from fedsim.plots import write_regret_figures
 
 BASE = Path(__file__).with_name("base.yaml")
 FLEETS = ("fedspine-80", "fedspine-80-modes")
-POLICIES = ("uniform", "random", "sucb", "balanced", "oracle")
+POLICIES = ("uniform", "random", "sucb", "e_ucb", "d_ucb_grid", "thompson", "balanced", "oracle")
 MODE_PERIOD = 20
 SETTLED_AFTER = 10
 
@@ -60,14 +64,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/policies"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--figures", action="store_true")
     arguments = parser.parse_args()
     began_s, rows = time.perf_counter(), []
     for fleet in FLEETS:
+        runs: list[fedsim.Run] = []
         for seed in arguments.seeds:
             durations: dict[str, np.ndarray] = {}
             for policy in arguments.policies:
                 run = one_run(fleet, policy, seed, arguments.out)
-                rounds = run.rounds
+                runs.append(run)
+                rounds, lost = run.rounds, regret(run)
                 durations[policy] = rounds["duration_s"].to_numpy()
                 rows.append(
                     {
@@ -78,12 +85,19 @@ def main() -> None:
                         "idle_last_20": rounds["idle_fraction"].tail(20).mean(),
                         "idle_fastest_class_last_20": fastest_class_idle(run, 20),
                         "ratio_last_20": rounds["prune_ratio_mean"].tail(20).mean(),
+                        "regret_s": lost.total_s,
+                        "relative_regret": lost.relative,
+                        "warmup_regret_s": lost.warmup_s,
+                        "cold_start_s": lost.cold_start_s,
+                        "settled_regret_s_per_round": lost.settled_s_per_round,
                     }
                 )
             if {"balanced", "oracle"} <= durations.keys():
                 keep = settled_rounds(len(durations["oracle"]), 10, fleet)
                 behind = durations["balanced"][keep] / durations["oracle"][keep]
                 rows[-1] |= {"balanced_over_oracle_mean": behind.mean(), "balanced_over_oracle_max": behind.max()}
+        if arguments.figures:
+            write_regret_figures(runs, arguments.out / f"figures-{fleet}")
     table = pd.DataFrame(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(arguments.out / "policies.csv", index=False)

@@ -140,6 +140,7 @@ RANKS = (2, 4, 8, 16, 32)
 CASES = {
     "offset": ({}, RANKS, True, 12),
     "as fedmp": ({"arms": "absolute", "exploration": 2**0.5, "cut": "played"}, RANKS, False, 12),
+    "offset, fine": ({"split": 0.05, "cut": "played"}, RANKS, True, 12),
     "sampled, fine": ({"arms": "absolute", "split": 0.07, "cut": "played"}, (4, 8), True, 4),
     "fast forgetting": ({"discount": 0.5, "split": 0.3, "cut": "played"}, (2, 8, 32), False, 5),
     "no forgetting, greedy": ({"discount": 1.0, "exploration": 0.0, "split": 1.0}, (8,), True, 12),
