@@ -285,8 +285,9 @@ def _check(config: Config, method: Method) -> None:
 
 
 def config_hash(config: Config) -> str:
-    """sha256 of the resolved configuration, independent of key order."""
-    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    """sha256 of the resolved configuration, independent of key order; who follows the run (trackers) is left out."""
+    tree = config.model_dump(mode="json", exclude={"records": {"trackers", "wandb_mode"}})
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
