@@ -88,9 +88,12 @@ class EUcbDevice:
         near = min(self.x - region["low"], region["high"] - self.x) < 0.01 * length
         if self.settings.cut == "played" and not near:
             at = self.x
-        plays = region["plays"]
-        self.regions.append({"low": at, "high": region["high"], "plays": [p for p in plays if p["x"] >= at]})
-        region["high"], region["plays"] = at, [p for p in plays if p["x"] < at]
+        *old, new = region["plays"]
+        upper, lower = ([new], []) if new["x"] >= at else ([], [new])
+        if old:  # more than one only where they lie within 1% of an end: they go with the last of them
+            (upper if old[-1]["x"] >= at else lower)[:0] = old
+        self.regions.append({"low": at, "high": region["high"], "plays": upper})
+        region["high"], region["plays"] = at, lower
 
 
 class GridDevice:
@@ -100,7 +103,7 @@ class GridDevice:
         self.client, self.settings = client, settings
         steps = math.ceil(1.0 / settings.split - 1e-9)
         self.step = 1.0 / steps
-        self.arms = [{"x": k / steps, "rank": rank, "n": 0.0, "s": 0.0} for k in range(steps + 1) for rank in ranks]
+        self.arms = [{"x": k * self.step, "rank": rank, "n": 0.0, "s": 0.0} for k in range(steps + 1) for rank in ranks]
 
     def select(self, index, bounds, schedule, ratio_max):
         low, high = _interval(self.settings, bounds, schedule, ratio_max)
