@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,9 +130,9 @@ def parse_seeds(seeds: Any) -> tuple[int, ...]:
                 f"seeds: value {part!r} is not allowed (integers at least 0, as a range 0-4 or a list 0,2,5)"
             )
         found += range(low, high + 1)
-    twice = sorted({seed for seed in found if found.count(seed) > 1}) if len(found) < 10_000 else []
-    if twice:
-        raise ConfigError(f"seeds: {twice[0]} stands twice in {seeds!r}; each seed is allowed once")
+    twice = next((seed for seed, count in Counter(found).items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"seeds: {twice} stands twice in {seeds!r}; each seed is allowed once")
     if not found:
         raise ConfigError("seeds: the list is empty (give at least one, such as 0-4)")
     return tuple(found)
