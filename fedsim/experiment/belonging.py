@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedsim.errors import RunError
 from fedsim.experiment.results import Run
+from fedsim.settings import Config
 
 RECONSTRUCTION = "reconstruction"
 
@@ -107,7 +110,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
 
     Where a method comes in several configurations, the label of each names the keys in which they differ.
     """
-    flat = [_flat(run.config) for run in runs]
+    flat = [_flat(_with_defaults(run.config)) for run in runs]
     kinds: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for index, run in enumerate(runs):
         kinds.setdefault((run.method, tuple(sorted(flat[index].items()))), []).append(index)
@@ -199,6 +202,14 @@ def _clock(run: Run) -> dict[str, Any]:
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
     return ", ".join(f"{key}: {first.get(key)} and {second.get(key)}" for key in keys)
+
+
+def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with keys that did not exist yet when it ran; as it is where it does not fit at all."""
+    try:
+        return Config.model_validate(config).model_dump(mode="json")
+    except ValidationError:
+        return config
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

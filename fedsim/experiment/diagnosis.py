@@ -39,7 +39,7 @@ COLLAPSE_LEAST = 0.05
 PERSISTENT_DEVICES = 0.05
 """The few: this share of the devices, at least one."""
 PERSISTENT_SHARE = 0.5
-PERSISTENT_SLOWER = 1.25
+PERSISTENT_SLOWER = 1.5
 """Their rounds take this much longer than the round's median client: else nobody waits for them."""
 LEAST_LATE_ROUNDS = 5
 DOMINANT_SHARE = 0.9

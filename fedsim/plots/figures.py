@@ -13,7 +13,7 @@ from fedsim.experiment.belonging import Group, check_together, clock_text, finis
 from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
-from fedsim.plots.style import COLOURS, PHASE_COLOURS, Sink, canvas, caption, save, styles, wrapped
+from fedsim.plots.style import COLOURS, PHASE_COLOURS, Sink, canvas, caption, columns_that_fit, save, styles, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,8 @@ PANELS = 4
 def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = None) -> list[Path]:
     """Draw every figure that the runs have records for, each as PNG and PDF with its numbers as CSV.
 
-    ``accuracy_over_time`` (not for timing-only runs), ``idle_by_class``, ``choices_by_class`` and ``timeline`` (not for
+    ``accuracy_over_time`` (not for timing-only runs; beside it, for language models, ``perplexity_over_time``),
+    ``idle_by_class``, ``choices_by_class`` and ``timeline`` (not for
     runs without client records). Methods keep their colour, classes theirs, in all figures. Figures of surrogate runs
     are watermarked.
 
@@ -58,6 +59,8 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
 
     if frames.has_accuracy(done):
         draw_accuracy(groups, text, mark, sink)
+        if all(run.is_language_model for run in done):
+            draw_perplexity(groups, text, mark, sink)
     if timeline is not None:
         classes = frames.class_order(frames.first_client_rounds(detailed))
         draw_idle(detailed, classes, text, mark, sink)
@@ -73,7 +76,25 @@ def mark_of(runs: Sequence[Run]) -> str | None:
 
 def draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, sink: Sink) -> None:
     """Accuracy against simulated time, one colour per method."""
-    frame = frames.accuracy_over_time(groups)
+    label = "test accuracy (panel mean)" if mark is None else "fitted accuracy (not measured)"
+    _draw_over_time(groups, frames.accuracy_over_time(groups), ("accuracy", label), (text, mark), sink)
+
+
+def draw_perplexity(groups: Sequence[Group], text: str, mark: str | None, sink: Sink) -> None:
+    """Perplexity against simulated time, one colour per method, for runs of language models."""
+    label = "test perplexity of responses" if mark is None else "fitted perplexity (not measured)"
+    _draw_over_time(groups, frames.perplexity_over_time(groups), ("perplexity", label), (text, mark), sink)
+
+
+def _draw_over_time(
+    groups: Sequence[Group],
+    frame: pd.DataFrame,
+    quantity: tuple[str, str],
+    notes: tuple[str, str | None],
+    sink: Sink,
+) -> None:
+    """One column of `frame` (its name and the axis's label) against ``end_s``; `notes` are the caption and the mark."""
+    (name, label), (text, mark) = quantity, notes
     looks = styles([group.label for group in groups])
     with canvas(7.2, 4.2) as figure:
         axes = figure.add_subplot()
@@ -84,15 +105,15 @@ def draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, sink: Si
             if len(repeats) > 1:
                 several = True
                 for _, one in repeats:
-                    axes.plot(one["end_s"], one["accuracy"], color=look["color"], linewidth=0.7, alpha=0.4)
-            mean = own.groupby("round")[["end_s", "accuracy"]].mean()
-            axes.plot(mean["end_s"], mean["accuracy"], label=wrapped(group.label), markersize=4, **look)
+                    axes.plot(one["end_s"], one[name], color=look["color"], linewidth=0.7, alpha=0.4)
+            mean = own.groupby("round")[["end_s", name]].mean()
+            axes.plot(mean["end_s"], mean[name], label=wrapped(group.label), markersize=4, **look)
         axes.set_xlabel("simulated time (s)")
-        axes.set_ylabel("test accuracy (panel mean)" if mark is None else "fitted accuracy (not measured)")
+        axes.set_ylabel(label)
         axes.set_xlim(left=0)
-        axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(ncols=_columns(groups), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(figure, ("Bold: mean over seeds by round; thin: each seed. " if several else "") + text)
-        sink(figure, frame, "accuracy_over_time", mark)
+        sink(figure, frame, f"{name}_over_time", mark)
 
 
 def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:
@@ -120,7 +141,7 @@ def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: 
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(_percent())
         axes.set_ylabel("idle share of the round (mean over rounds)")
-        axes.legend(ncols=min(4, len(groups)), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.legend(ncols=_columns(groups), loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(figure, ("Whiskers: lowest and highest seed. " if several else "") + text)
         sink(figure, frame, "idle_by_class", mark)
 
@@ -152,7 +173,7 @@ def draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, mar
                 else:
                     axes.set_ylim(0, max(top, 0.1) * 1.08)
                 if row % 2 == 0:
-                    axes.set_title(wrapped(groups[index].label))
+                    axes.set_title(wrapped(groups[index].label, 26))
                 if column == 0:
                     axes.set_ylabel(title)
                 else:
@@ -211,6 +232,10 @@ def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, 
         which = f"Round {frame['round'].iloc[0]}, seed" if same else "The rounds named above, seed"
         caption(figure, f"{which} {frame['seed'].iloc[0]}; one line per client, slowest class first. " + text)
         sink(figure, frame, name, mark)
+
+
+def _columns(groups: Sequence[Group]) -> int:
+    return columns_that_fit([wrapped(group.label) for group in groups], 7.2)
 
 
 _NOT_OK = "ended otherwise than ok"

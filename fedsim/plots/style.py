@@ -132,9 +132,17 @@ def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | 
     return [*paths, out / f"{name}.csv"]
 
 
-def wrapped(label: str) -> str:
-    """A long label (a method and the settings that tell it from its like) in lines."""
-    return textwrap.fill(label, 36, break_long_words=False, break_on_hyphens=False)
+def wrapped(label: str, width: int = 34) -> str:
+    """A long label (a method and the settings that tell it from its like) in lines, its keys without their sections."""
+    short = re.sub(r"\b\w+\.(\w+)=", r"\1=", label)
+    lines = short.replace(" (", "\n(", 1).split("\n") if len(short) > width else [short]
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)
+
+
+def columns_that_fit(labels: Sequence[str], width_in: float, most: int = 4) -> int:
+    """How many columns of a legend fit over a figure."""
+    longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
+    return max(1, min(most, len(labels), int(width_in * 11 / (longest + 8))))
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:

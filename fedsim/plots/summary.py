@@ -10,7 +10,7 @@ import pandas as pd
 
 from fedsim.experiment.comparison_text import scale
 from fedsim.experiment.critical import CAUSES
-from fedsim.plots.style import COLOURS, Sink, canvas, caption, styles, wrapped
+from fedsim.plots.style import COLOURS, Sink, canvas, caption, columns_that_fit, styles, wrapped
 
 _HATCHES = {"compute": "", "link": "////", "wait": "...."}
 _BAR_IN = 0.34
@@ -23,7 +23,7 @@ def draw_speedups(frame: pd.DataFrame, of: str, baseline: str, text: str, mark: 
     Args:
         of: what is faster, such as "time to accuracy 0.9".
     """
-    with canvas(7.2, _BAR_IN * len(frame) + 1.6) as figure:
+    with canvas(7.2, _height_in(frame["method"]) + 1.6) as figure:
         axes = figure.add_subplot()
         top = np.nanmax([1.0, *frame["speedup"], *frame["speedup_high"]])
         for place, (_, row) in enumerate(frame.iterrows()):
@@ -55,7 +55,7 @@ def draw_critical(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: 
 
     methods = list(dict.fromkeys(frame["method"]))
     looks = styles(classes)
-    with canvas(7.2, _BAR_IN * len(methods) + 1.7) as figure:
+    with canvas(7.2, _height_in(methods) + 1.7) as figure:
         axes = figure.add_subplot()
         shares = frame.set_index(["method", "device", "cause"])["share"]
         for place, method in enumerate(methods):
@@ -86,7 +86,7 @@ def draw_resources(frame: pd.DataFrame, classes: Sequence[str], text: str, mark:
     methods = list(dict.fromkeys(frame["method"]))
     names = [name for name in [*classes, "all"] if name in set(frame["device"])]
     looks = styles(names)
-    with canvas(8.6, _BAR_IN * len(methods) + 1.8) as figure:
+    with canvas(8.6, _height_in(methods) + 1.8) as figure:
         left_axes, middle, right = figure.subplots(1, 3, sharey=True)
         own = frame.assign(traffic=frame["bytes_down"] + frame["bytes_up"])
         for axes, quantity, unit in ((left_axes, "traffic", "B"), (middle, "energy_j", "J")):
@@ -146,9 +146,15 @@ def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink
             axes.yaxis.set_major_formatter(_percent())
         panels[0].set_ylabel("kept at the end")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(methods)))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns_that_fit(labels, 7.2))
         caption(figure, "Mean over clients, first seed; whiskers: the client that keeps least and most. " + text)
         sink(figure, frame, "structure", mark)
+
+
+def _height_in(names: Sequence[str]) -> float:
+    """Room for a bar per name, all as high as the longest name needs."""
+    lines = max(len(wrapped(name).split("\n")) for name in names)
+    return max(_BAR_IN, 0.17 * lines + 0.06) * len(names)
 
 
 def _rows_named(axes: Any, names: Sequence[str]) -> None:

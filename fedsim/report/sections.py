@@ -17,7 +17,7 @@ from fedsim.plots import regret as regret_plots
 from fedsim.plots import summary as summary_plots
 from fedsim.report import tables
 from fedsim.report.drawings import Sketchbook
-from fedsim.report.html import Section, bullets, csv_link, details, escaped, paragraph
+from fedsim.report.html import Section, bullets, csv_link, details, paragraph
 
 if TYPE_CHECKING:
     from fedsim.report.page import Material
@@ -58,7 +58,7 @@ def summary(material: Material) -> Section:
         "interval. Unpruned methods stand first: they are references, not rivals of the pruned.",
         "note",
     )
-    body += paragraph("Numbers: ").replace("</p>", f"{csv_link('comparison', comparison.rows)}</p>")
+    body += f"<p>Numbers: {csv_link('comparison', comparison.rows)}</p>"
     if len(material.groups) > 1:
         of = "total simulated time" if target is None else f"time to accuracy {target:.4g}"
         frame = summary_frames.speedups(comparison)
@@ -89,8 +89,8 @@ def diagnosis(material: Material) -> Section:
     elif not found:
         body += paragraph("None of the runs holds records to judge by.")
     for name, finding in found:
-        head = f"<p>{escaped(SIGNATURES[finding.signature].capitalize())}: {escaped(name)}. "
-        body += f'<div class="finding">{head}{escaped(finding.summary)}.</p>{bullets(finding.evidence)}</div>'
+        head = f"{SIGNATURES[finding.signature].capitalize()} ({name}): {finding.summary}."
+        body += f'<div class="finding">{paragraph(head)}{bullets(finding.evidence)}</div>'
     if not_judged:
         lines = [
             f"{SIGNATURES[signature]}: {reason} ({_named(names)})" for (signature, reason), names in not_judged.items()

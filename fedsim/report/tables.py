@@ -128,7 +128,7 @@ def regret_table(frame: pd.DataFrame) -> str:
 
 def runs_table(groups: Sequence[Group]) -> str:
     """Every run: where it lies and what made it."""
-    rows = []
+    rows: list[list[Cell | str]] = []
     for group in groups:
         for (seed, draw), run in group.runs.items():
             manifest = run.manifest
@@ -164,13 +164,17 @@ def runs_table(groups: Sequence[Group]) -> str:
 
 
 def facts_table(manifests: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
-    """Facts of the manifests, dotted; where runs differ, all values."""
-    flat = [flattened({key: manifest.get(key) for key in keys}) for manifest in manifests]
+    """A row per key of the manifests; where runs differ, all values."""
     rows = []
-    for name in dict.fromkeys(name for facts in flat for name in facts):
-        values = list(dict.fromkeys(facts.get(name, "-") for facts in flat))
-        shown = "; ".join(values[:4]) + (f"; and {len(values) - 4} more" if len(values) > 4 else "")
-        rows.append([name, shown])
+    for key in keys:
+        flat = [flattened({key: manifest[key]}) for manifest in manifests if manifest.get(key) is not None]
+        parts = []
+        for name in dict.fromkeys(name for facts in flat for name in facts):
+            values = list(dict.fromkeys(facts[name] for facts in flat if name in facts))
+            shown = " or ".join(values[:4]) + (f" or {len(values) - 4} more" if len(values) > 4 else "")
+            parts.append(f"{name.removeprefix(key).lstrip('.')} {shown}".strip())
+        if parts:
+            rows.append([key, ", ".join(parts)])
     return table(["fact", "value"], rows, "From the manifests; several values where runs differ.", kind="")
 
 
@@ -182,8 +186,10 @@ def config_tables(groups: Sequence[Group]) -> tuple[str, str]:
     header = ["key", *(group.label for group in groups)]
     differing = [[name, *(one.get(name, "-") for one in flat)] for name in names if name not in shared]
     return (
-        table(header, differing, "Keys in which the methods differ.") if differing else "",
-        table(["key", "value"], [[name, flat[0][name]] for name in shared], "Keys that all share; seeds aside."),
+        table(header, differing, "Keys in which the methods differ.", kind="") if differing else "",
+        table(
+            ["key", "value"], [[name, flat[0][name]] for name in shared], "Keys that all share; seeds aside.", kind=""
+        ),
     )
 
 

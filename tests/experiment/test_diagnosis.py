@@ -73,7 +73,7 @@ def test_too_few_evaluations_are_not_judged(accuracies, size):
         accuracy_collapse(evaluated(accuracies), size)
 
 
-def client_rounds(slow=(), factor=2.0, seed=0, phase="compute_s"):
+def client_rounds(slow=(), factor=4.0, seed=0, phase="compute_s"):
     """Clients alike but for jitter; `slow` ones take `factor` times as long."""
     generator = np.random.default_rng(seed)
     client = np.tile(np.arange(CLIENTS), ROUNDS)
