@@ -11,8 +11,9 @@ Unspecified there, or read through secondary notes; we chose:
 * ``control.arms`` may be ``offset`` too, as for S-UCB; ``control.smooth`` has no meaning here.
 * Infeasible regions (pruning that cannot be undone) take no part; n in the bound is the sum of N over the feasible.
 * A region is cut at its first rewarded play, so what it holds by then is the play at which it was cut off: that goes to
-  the part in which it lies, and the new play to its own. A play within 1% of an end cuts in the middle, so
-  that a region may hold several plays near that end: they go together, with the last of them. An untried region has an infinite bound; ties are drawn.
+  the part in which it lies, and the new play to its own. A play within 1% of an end cuts in the
+  middle, so that a region may hold several plays near that end: they go together, with the last of them. An untried
+  region has an infinite bound; ties are drawn.
 * Every N and S of a device *that played* is discounted, whether its update arrived or not; where none arrived nothing
   is credited or cut.
 """
