@@ -92,6 +92,11 @@ def spoilt_loss(values):
     return values * factor_of(values, torch.inf)
 
 
+def spoilt_number(values):
+    """A loss that is not finite though its gradient is."""
+    return values + (factor_of(values, torch.inf) - 1.0)
+
+
 def spoilt_gradient(values):
     """A finite loss whose gradient is not."""
     factor = factor_of(values, torch.nan)
@@ -101,7 +106,7 @@ def spoilt_gradient(values):
 
 @FORMS
 @pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize("change", [spoilt_loss, spoilt_gradient])
+@pytest.mark.parametrize("change", [spoilt_loss, spoilt_number, spoilt_gradient])
 def test_a_fault_at_any_step_ends_that_client_only(bert, monkeypatch, sliced, step, change):
     """Before the cut, at the cut (step 3 of 3) and in the last gradients."""
     jobs = some_jobs(bert)
