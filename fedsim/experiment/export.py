@@ -96,8 +96,6 @@ def export_run(
     _check_run(run, device)
     _check_out(out)
     config = build_config(run.config)
-    if config.data.task != "classification":
-        raise RunError(f"run '{run.path}' has data.task {config.data.task}: only classification can be exported yet")
     state = _last_state(run)
 
     from fedsim.learn.adapter import folded  # heavy: only what gets so far pays for it
@@ -105,7 +103,7 @@ def export_run(
     from fedsim.learn.export_card import ExportFacts
     from fedsim.learn.restored import restore_learner
 
-    names = tuple(str(name) for name in (run.manifest.get("data") or {}).get("label_names") or ())
+    names = _label_names(run, config)
     learned = {name.removeprefix("learner."): array for name, array in state.items() if name.startswith("learner.")}
     try:
         learner, backbone = restore_learner(config, len(names), learned)
@@ -177,8 +175,16 @@ def _check_run(run: Run, device: int | None) -> None:
     clients = int((run.manifest.get("fleet") or {}).get("clients", 0))
     if device is not None and not 0 <= device < clients:
         raise RunError(f"--device: value {device} is not allowed (run '{run.path}' has clients 0 to {clients - 1})")
-    if not (run.manifest.get("data") or {}).get("label_names"):
+
+
+def _label_names(run: Run, config: Config) -> tuple[str, ...]:
+    """Classes in the order of the logits; none for a language model."""
+    if config.data.task == "causal_lm":
+        return ()
+    names = (run.manifest.get("data") or {}).get("label_names")
+    if not names:
         raise RunError(f"run '{run.path}' does not name its classes (data.label_names in manifest.json)")
+    return tuple(str(name) for name in names)
 
 
 def _check_out(out: Path) -> None:

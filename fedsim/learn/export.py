@@ -3,7 +3,8 @@
 ``dense`` folders have the original shapes, with zeros where groups were pruned. Plain ``AutoModel`` loads them, and
 ``AutoModelForSequenceClassification`` where `ExportFacts.has_plain_classifier`; the LoRA lies in ``adapter/`` for
 ``PeftModel`` unless it is merged. ``sliced`` folders have small shapes and need `fedsim.learn.export_sliced`, which
-importing this module registers. The head is in ``head.safetensors`` either way, and ``README.md`` says how to load.
+importing this module registers. The head is in ``head.safetensors`` either way; a language model has none of ours, and
+``AutoModelForCausalLM`` loads it. ``README.md`` says how to load.
 
 What we chose: weights in fp32 whatever the run's precision (a run whose products with frozen weights ran in bf16 agrees
 to its rounding); all components of the global LoRA, as in the run's own tests of accuracy, whatever rank a client last
@@ -19,12 +20,12 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fedsim.errors import ModelError, RunError
 from fedsim.learn.adapter import Adapter
@@ -32,12 +33,13 @@ from fedsim.learn.backbone import Backbone, quiet
 from fedsim.learn.export_card import ExportFacts, card_text
 from fedsim.learn.export_sliced import shape_of, sliced_config
 from fedsim.learn.export_weights import encoder_tensors, export_adapter
-from fedsim.learn.heads import SentenceClassifier, make_head
+from fedsim.learn.heads import NextToken, SentenceClassifier, make_head
 from fedsim.learn.peft_folder import write_peft_folder
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure
 
 FACTS = "fedsim_export.json"
+_Model = TypeVar("_Model", SentenceClassifier, NextToken)
 _CLASSES = {"bert": "Bert", "roberta": "Roberta", "llama": "Llama"}
 
 
@@ -63,10 +65,13 @@ def write_export(
     merged = adapter if facts.merged else None
     tensors = encoder_tensors(backbone, structure, dense, merged, facts.lora_scale)
     head = {name: tensor.detach().cpu().float().contiguous() for name, tensor in adapter.head.items()}
-    prefix = f"{backbone.encoder.base_model_prefix}." if facts.has_plain_classifier else ""
+    prefix = f"{backbone.encoder.base_model_prefix}." if facts.is_plain else ""
     model = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     if facts.has_plain_classifier:
         model |= {f"classifier.{name.removeprefix('head.')}": tensor.clone() for name, tensor in head.items()}
+    output, config = backbone.output, _config(backbone, structure, facts)
+    if output is not None and not config.tie_word_embeddings:
+        model["lm_head.weight"] = output.weight.detach().to("cpu", torch.float32).contiguous()
     masks = {
         "head_mask": torch.from_numpy(structure.head_mask.copy()),
         "channel_mask": torch.from_numpy(structure.channel_mask.copy()),
@@ -74,9 +79,10 @@ def write_export(
     try:
         folder.mkdir(parents=True)
         save_file(model, folder / "model.safetensors", metadata={"format": "pt"})
-        save_file(head, folder / "head.safetensors")
+        if head:
+            save_file(head, folder / "head.safetensors")
         save_file(masks, folder / "structure.safetensors")
-        _config(backbone, structure, facts).save_pretrained(folder)
+        config.save_pretrained(folder)
         backbone.tokenizer.save_pretrained(folder)
         if not facts.merged:
             restricted = export_adapter(adapter, structure, backbone.shape, dense)
@@ -97,9 +103,13 @@ def _config(backbone: Backbone, structure: Structure, facts: ExportFacts) -> Any
     if facts.format == "sliced":
         config = sliced_config(config, facts.architecture, structure)
     kind = "ForSequenceClassification" if facts.has_plain_classifier else "Model"
+    if facts.is_language_model:
+        kind = "ForCausalLM"
     small = "Sliced" if facts.format == "sliced" else ""
     config.architectures = [f"{small}{_CLASSES[facts.architecture]}{kind}"]
     config.dtype = torch.float32
+    if facts.is_language_model:
+        return config
     config.id2label = dict(enumerate(facts.label_names))
     config.label2id = {name: place for place, name in enumerate(facts.label_names)}
     return config
@@ -110,18 +120,21 @@ class Exported:
     """An export in memory, ready to classify.
 
     Attributes:
-        model: ``forward(input_ids, attention_mask, token_type_ids=None) -> logits (batch, labels)``, in eval mode.
+        model: ``forward(input_ids, attention_mask, token_type_ids=None) -> logits (batch, labels)``, of a language
+            model ``(batch, tokens, vocab)``, in eval mode.
         tokenizer: of the same folder.
         facts: what the export says of itself.
     """
 
-    model: SentenceClassifier
+    model: SentenceClassifier | NextToken
     tokenizer: Any
     facts: ExportFacts
 
     @torch.no_grad()
     def logits(self, sentences: Sequence[str], pairs: Sequence[str] | None = None) -> torch.Tensor:
         """Class scores ``(sentences, labels)``; the classes are ``facts.label_names``.
+
+        Of a language model scores of each token's successor, ``(sentences, tokens, vocab)``, padded on the right.
 
         Args:
             pairs: second sentences, as many.
@@ -148,10 +161,11 @@ def load_exported(folder: str | Path) -> Exported:
     try:
         facts = _read_facts(folder)
         options: dict[str, Any] = {}
+        auto: Any = AutoModelForCausalLM if facts.is_language_model else AutoModel
         if facts.architecture != "llama":
             options["add_pooling_layer"] = facts.architecture == "bert" and facts.pooling == "native"
         with quiet():
-            encoder, report = AutoModel.from_pretrained(
+            encoder, report = auto.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
             )
         if report["missing_keys"]:
@@ -160,17 +174,21 @@ def load_exported(folder: str | Path) -> Exported:
             from peft import PeftModel  # takes seconds to import, and a merged export does without
 
             PeftModel.from_pretrained(encoder, str(folder / "adapter"))  # puts its layers into the encoder itself
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if facts.is_language_model:
+            return Exported(_still(NextToken(encoder)), tokenizer, facts)
         shape = dataclasses.replace(shape_of(encoder.config, facts.architecture), labels=len(facts.label_names))
         head = make_head(shape, facts.pooling)
         weights = load_file(folder / "head.safetensors")
         head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in weights.items()})
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{folder}' is not a folder that fedsim export wrote, or it is damaged ({first})") from error
-    model = SentenceClassifier(encoder, head, facts.architecture, facts.pooling)
-    model.requires_grad_(False).eval()
-    return Exported(model, tokenizer, facts)
+    return Exported(_still(SentenceClassifier(encoder, head, facts.architecture, facts.pooling)), tokenizer, facts)
+
+
+def _still(model: _Model) -> _Model:
+    return model.requires_grad_(False).eval()
 
 
 def _read_facts(folder: Path) -> ExportFacts:

@@ -19,7 +19,7 @@ class ExportFacts:
         whose: one line, such as "client 3" or "consensus".
         format, merged: how it is written; merged: the LoRA is added to the weights and there is no adapter folder.
         pooling: ``native`` or ``mean``.
-        label_names: classes in the order of the logits.
+        label_names: classes in the order of the logits; none for a language model.
         max_length: tokens to which text was cut in training.
         lora_rank, lora_scale: of the adapter (c of ``dW = c B A``).
         prune_ratio: removed / all prunable weights, achieved.
@@ -43,13 +43,23 @@ class ExportFacts:
     run: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_language_model(self) -> bool:
+        """Whether it predicts the next token, by the base model's own output."""
+        return not self.label_names
+
+    @property
     def has_plain_classifier(self) -> bool:
         """Whether the library's own sequence classifier has our head's form: BERT and RoBERTa with native pooling.
 
         BERT: pooler, then linear. RoBERTa: dense, tanh, projection of the first token. LLaMA's has no bias, and finds
         the last token by the padding token instead of the mask.
         """
-        return self.pooling == "native" and self.architecture != "llama"
+        return not self.is_language_model and self.pooling == "native" and self.architecture != "llama"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one of the library's own models, as a whole, gives the logits."""
+        return self.has_plain_classifier or self.is_language_model
 
 
 def card_text(facts: ExportFacts) -> str:
@@ -63,8 +73,8 @@ def card_text(facts: ExportFacts) -> str:
         ("kept head groups by layer", ", ".join(map(str, facts.kept_heads))),
         ("kept channels by layer", ", ".join(map(str, facts.kept_channels))),
         ("LoRA", f"rank {facts.lora_rank}, alpha / rank {facts.lora_scale:g}"),
-        ("pooling", facts.pooling),
-        ("classes", ", ".join(facts.label_names)),
+        ("pooling", "none" if facts.is_language_model else facts.pooling),
+        ("classes", ", ".join(facts.label_names) or "none: logits are those of the next token"),
         ("text cut to", f"{facts.max_length} tokens"),
         ("method", str(run.get("method"))),
         ("seed", str(run.get("seed"))),
@@ -86,7 +96,8 @@ def card_text(facts: ExportFacts) -> str:
         f"{_words(facts)}\n\n```python\n{loading_code(facts)}```\n\n"
         'With fedsim, for every kind of export: `fedsim.load_exported("FOLDER").logits(["a sentence"])`.\n\n'
         "The same facts for programs: `fedsim_export.json`; which groups are kept: `structure.safetensors` (masks\n"
-        "`head_mask` and `channel_mask`, a row per layer); the head by itself: `head.safetensors`.\n"
+        "`head_mask` and `channel_mask`, a row per layer)"
+        f"{'' if facts.is_language_model else '; the head by itself: `head.safetensors`'}.\n"
     )
 
 
@@ -96,10 +107,12 @@ def loading_code(facts: ExportFacts) -> str:
     It needs torch and transformers; peft where the LoRA is not merged; fedsim where the shapes are small.
     """
     auto = "AutoModelForSequenceClassification" if facts.has_plain_classifier else "AutoModel"
+    if facts.is_language_model:
+        auto = "AutoModelForCausalLM"
     lines = ["import torch"]
     if not facts.merged:
         lines.append("from peft import PeftModel")
-    if not facts.has_plain_classifier:
+    if not facts.is_plain:
         lines.append("from safetensors.torch import load_file")
     lines.append(f"from transformers import {auto}, AutoTokenizer")
     if facts.format == "sliced":
@@ -111,9 +124,11 @@ def loading_code(facts: ExportFacts) -> str:
         f"inputs = tokenizer(sentences, padding=True, truncation=True, max_length={facts.max_length}, "
         f'return_tensors="pt"{types})',
     ]
-    if facts.has_plain_classifier:
+    if facts.is_plain:
         lines.append(f"model = {auto}.from_pretrained(folder)")
-        if not facts.merged:
+        if not facts.merged and facts.is_language_model:
+            lines.append('model = PeftModel.from_pretrained(model, f"{folder}/adapter")')
+        elif not facts.merged:
             lines.append('PeftModel.from_pretrained(model.base_model, f"{folder}/adapter")  # into the model, in place')
         lines += ["with torch.no_grad():", "    logits = model.eval()(**inputs).logits"]
         return "\n".join(lines) + "\n"
@@ -140,7 +155,9 @@ def _pooling_lines(facts: ExportFacts) -> list[str]:
 
 def _words(facts: ExportFacts) -> str:
     plain = (
-        "The library's own sequence classifier has this head's form and loads it."
+        "It is a causal language model of the library's own form."
+        if facts.is_language_model
+        else "The library's own sequence classifier has this head's form and loads it."
         if facts.has_plain_classifier
         else "The library has no classifier of this form (pooling or head differ), so the head lies beside the encoder."
     )

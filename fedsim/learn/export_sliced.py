@@ -1,4 +1,4 @@
-"""Models of physically small shapes, for `AutoConfig`, `AutoModel` and `AutoModelForSequenceClassification`.
+"""Models of physically small shapes, for `AutoConfig`, `AutoModel` and its variants with a classifier or an output.
 
 A BERT, RoBERTa or LLaMA configuration cannot say that a layer has fewer heads or channels than another. The classes
 here add two lists to it, and make the plain model with its prunable Linears at those widths: the modules, their names
@@ -15,11 +15,13 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -106,6 +108,16 @@ class SlicedLlamaModel(LlamaModel):
         _shrink(self, config, "llama")
 
 
+class SlicedLlamaForCausalLM(LlamaForCausalLM):
+    """`LlamaForCausalLM` with small Linears."""
+
+    config_class = SlicedLlamaConfig
+
+    def __init__(self, config: SlicedLlamaConfig) -> None:
+        super().__init__(config)
+        _shrink(self.model, config, "llama")
+
+
 SLICED_CONFIGS: dict[Architecture, type[Any]] = {
     "bert": SlicedBertConfig,
     "roberta": SlicedRobertaConfig,
@@ -185,3 +197,4 @@ for _config, _model in _BASES.items():
     AutoModel.register(_config, _model, exist_ok=True)
 for _config, _classifier in _CLASSIFIERS.items():
     AutoModelForSequenceClassification.register(_config, _classifier, exist_ok=True)
+AutoModelForCausalLM.register(SlicedLlamaConfig, SlicedLlamaForCausalLM, exist_ok=True)

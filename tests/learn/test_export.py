@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from causal_toys import save_causal
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_checkpoints import ARCHITECTURES
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModel, BertConfig
 
 from fedsim.errors import ModelError, RunError
 from fedsim.learn.adapter import Adapter, initial_adapter, restrict
+from fedsim.learn.backbone import load_backbone
 from fedsim.learn.export import load_exported, write_export
 from fedsim.learn.export_card import FORMATS, ExportFacts
 from fedsim.learn.export_sliced import SlicedBertConfig, SlicedBertModel
@@ -45,14 +47,14 @@ def uneven(shape, seed=0):
     return Structure(heads, channels)
 
 
-def export(folder, backbone, adapter, structure, pooling, kind, merged):
+def export(folder, backbone, adapter, structure, pooling, kind, merged, names=("bad", "fair", "good")):
     facts = ExportFacts(
         whose="client 3",
         format=kind,
         merged=merged,
         architecture=backbone.shape.architecture,
         pooling=pooling,
-        label_names=("bad", "fair", "good"),
+        label_names=names,
         max_length=6,
         lora_rank=adapter.rank,
         lora_scale=SCALE,
@@ -230,3 +232,23 @@ def test_folders_that_are_no_export_or_damaged_are_named(make_backbone, tmp_path
         load_exported(folder)
     with pytest.raises(RunError, match="cannot write the export"):
         export(tmp_path / "e", backbone, adapter, structure, "native", "dense", True)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_language_models_give_our_logits(tmp_path, tied, kind, merged):
+    settings = ModelSettings(name=str(save_causal(tmp_path / "base", tied)))
+    backbone = load_backbone(settings, 0, seed=3, device=torch.device("cpu"))
+    adapter, structure = random_adapter(backbone), uneven(backbone.shape)
+    folder = export(tmp_path / "export", backbone, adapter, structure, "native", kind, merged, names=())
+    want = own_logits(backbone, adapter, structure)
+    assert want.shape == (3, encoded(backbone)["input_ids"].shape[1], backbone.shape.vocab)
+    kept = encoded(backbone)["attention_mask"].bool()
+    exported, (code, logits) = load_exported(folder), card_logits(folder)
+    torch.testing.assert_close(exported.logits(SENTENCES)[kept], want[kept], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(logits[kept], want[kept], rtol=0, atol=TOLERANCE)
+    assert "AutoModelForCausalLM" in code
+    assert ("fedsim" in code) == (kind == "sliced")
+    assert not (folder / "head.safetensors").exists()
+    assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != tied
