@@ -17,12 +17,19 @@ NAMES = sorted(POLICIES)
 def _make(name, clients=12, fleet=None):
     expected = (fleet or ToyFleet(clients, 0)).expected
     return make_policy(
-        ControlSettings(policy=name), clients=clients, ask=ASK, seed=7, fixed_rank=8, expected_time=expected
+        ControlSettings(policy=name),
+        clients=clients,
+        ask=ASK,
+        seed=7,
+        fixed_rank=8,
+        expected_time=expected,
+        speed_class=np.arange(clients) % 3,
     )
 
 
 def test_names_and_protocol():
-    assert NAMES == ["balanced", "d_ucb_grid", "e_ucb", "oracle", "random", "sucb", "thompson", "uniform"]
+    bandits = ["d_ucb_grid", "e_ucb", "sucb", "thompson"]
+    assert sorted([*bandits, "balanced", "oracle", "random", "rank_growth", "static_rank", "uniform"]) == NAMES
     for name in NAMES:
         assert isinstance(_make(name), Policy)
 
@@ -89,7 +96,7 @@ def test_restored_midway_goes_on_identically(name):
     np.testing.assert_array_equal(runs[0].duration_s, runs[1].duration_s)
 
 
-@pytest.mark.parametrize("name", ["balanced", "d_ucb_grid", "e_ucb", "sucb", "thompson"])
+@pytest.mark.parametrize("name", ["balanced", "d_ucb_grid", "e_ucb", "rank_growth", "sucb", "thompson"])
 def test_a_checkpoint_that_does_not_fit_is_refused(name):
     policy = _make(name)
     state = dict(policy.state())
