@@ -23,6 +23,7 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.experiment.results import find_runs
 from fedsim.experiment.sweep_book import open_book, read_book
 from fedsim.experiment.sweep_grid import plan_sweep
+from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {
@@ -44,6 +45,16 @@ TRAINED = {
     "evaluate": {"every_rounds": 2, "panel": 2, "max_samples": 20},
 }
 METHODS = {"method": ["fedspine", "fedlora"]}
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was():
+    """The plugin's methods are gone afterwards: other tests look at every method there is."""
+    before = dict(METHOD_REGISTRY)
+    yield
+    METHOD_REGISTRY.clear()
+    METHOD_REGISTRY.update(before)
+    sys.modules.pop("fedsim_user_sweep_plugin", None)
 
 
 def assert_same_runs(some, others):

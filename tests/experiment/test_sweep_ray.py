@@ -18,6 +18,7 @@ from fedsim.experiment import sweep_ray
 from fedsim.experiment.sweep_book import open_book, read_book
 from fedsim.experiment.sweep_grid import plan_sweep
 from fedsim.experiment.sweep_jobs import Job, Setup
+from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {
@@ -28,6 +29,16 @@ SMALL = {
     "prune": {"warmup_rounds": 1, "end_round": 4, "max_step": 0.5},
 }
 GRID = {"method": ["fedspine", "made_to_be_killed", "fedlora", "made_to_crash"]}
+
+
+@pytest.fixture(autouse=True)
+def registry_as_it_was():
+    """The plugin's methods are gone afterwards: other tests look at every method there is."""
+    before = dict(METHOD_REGISTRY)
+    yield
+    METHOD_REGISTRY.clear()
+    METHOD_REGISTRY.update(before)
+    sys.modules.pop("fedsim_user_sweep_plugin", None)
 
 
 def ray_or_skip():
