@@ -53,6 +53,8 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
     find_rule(config.aggregate.rule)
     torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing here reads memory before writing it; filling every new tensor would cost a tenth of a small model's step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     device = torch_device(config.train.torch_device)
     if device.type == "cuda":
         # Without it cuBLAS may choose between workspaces, and repeats would differ; read when CUDA starts.
