@@ -13,7 +13,18 @@ from fedsim.experiment.belonging import Group, check_together, clock_text, finis
 from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
-from fedsim.plots.style import COLOURS, PHASE_COLOURS, Sink, canvas, caption, columns_that_fit, save, styles, wrapped
+from fedsim.plots.style import (
+    COLOURS,
+    PHASE_COLOURS,
+    Sink,
+    canvas,
+    caption,
+    columns_that_fit,
+    legend_in,
+    save,
+    styles,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,7 +107,7 @@ def _draw_over_time(
     """One column of `frame` (its name and the axis's label) against ``end_s``; `notes` are the caption and the mark."""
     (name, label), (text, mark) = quantity, notes
     looks = styles([group.label for group in groups])
-    with canvas(7.2, 4.2) as figure:
+    with canvas(7.2, 4.2 + _legend_in(groups)) as figure:
         axes = figure.add_subplot()
         several = False
         for group in groups:
@@ -120,7 +131,7 @@ def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: 
     """Idle share by device class and method."""
     frame = frames.idle_by_class(groups)
     looks = styles([group.label for group in groups])
-    with canvas(7.2, 3.8) as figure:
+    with canvas(7.2, 3.8 + _legend_in(groups)) as figure:
         axes = figure.add_subplot()
         width = 0.8 / len(groups)
         several = False
@@ -180,6 +191,7 @@ def draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, mar
                     axes.tick_params(labelleft=False)
                 if row == 2 * blocks - 1 or index + columns >= len(groups):
                     axes.set_xlabel("round" if row % 2 else "")
+                    axes.tick_params(labelbottom=row % 2 == 1)
         handles, names = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(classes))
         caption(figure, "Lines: mean over a class's clients (and seeds); bands: 10th to 90th percentile. " + text)
@@ -236,6 +248,10 @@ def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, 
 
 def _columns(groups: Sequence[Group]) -> int:
     return columns_that_fit([wrapped(group.label) for group in groups], 7.2)
+
+
+def _legend_in(groups: Sequence[Group]) -> float:
+    return legend_in([wrapped(group.label) for group in groups], _columns(groups))
 
 
 _NOT_OK = "ended otherwise than ok"

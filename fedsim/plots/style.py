@@ -145,6 +145,12 @@ def columns_that_fit(labels: Sequence[str], width_in: float, most: int = 4) -> i
     return max(1, min(most, len(labels), int(width_in * 11 / (longest + 8))))
 
 
+def legend_in(labels: Sequence[str], columns: int) -> float:
+    """Height of a legend beyond the one line that a figure has room for."""
+    lines = max((label.count("\n") + 1 for label in labels), default=1)
+    return 0.17 * (-(-len(labels) // columns) * lines - 1)
+
+
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dashes by name: beyond seven names a colour returns with other dashes."""
     return {

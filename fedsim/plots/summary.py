@@ -10,7 +10,7 @@ import pandas as pd
 
 from fedsim.experiment.comparison_text import scale
 from fedsim.experiment.critical import CAUSES
-from fedsim.plots.style import COLOURS, Sink, canvas, caption, columns_that_fit, styles, wrapped
+from fedsim.plots.style import COLOURS, Sink, canvas, caption, columns_that_fit, legend_in, styles, wrapped
 
 _HATCHES = {"compute": "", "link": "////", "wait": "...."}
 _BAR_IN = 0.34
@@ -118,7 +118,9 @@ def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink
     methods = list(dict.fromkeys(frame["method"]))
     looks = styles(methods)
     layers = int(frame["layer"].max()) + 1
-    with canvas(7.2, 3.6) as figure:
+    labels = [wrapped(method) for method in methods]
+    columns = columns_that_fit(labels, 7.2)
+    with canvas(7.2, 3.6 + legend_in(labels, columns)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, kind in zip(panels, ("heads", "channels"), strict=True):
             for place, method in enumerate(methods):
@@ -136,7 +138,7 @@ def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink
                     markersize=4,
                     elinewidth=1.0,
                     capsize=2,
-                    label=wrapped(method),
+                    label=labels[place],
                 )
             axes.set_title(f"{'head groups' if kind == 'heads' else 'FFN channels'} ({own[kind].iloc[0]} a layer)")
             axes.set_xlabel("layer")
@@ -146,7 +148,7 @@ def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink
             axes.yaxis.set_major_formatter(_percent())
         panels[0].set_ylabel("kept at the end")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns_that_fit(labels, 7.2))
+        figure.legend(handles, labels, loc="outside upper center", ncols=columns)
         caption(figure, "Mean over clients, first seed; whiskers: the client that keeps least and most. " + text)
         sink(figure, frame, "structure", mark)
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PANELS = 12
 """Most methods drawn side by side, panel by panel; all are in the tables."""
-JUDGED = 6
+JUDGED = 4
 """Most methods whose regret is computed: each takes about a second."""
 TOP_CLIENTS = 5
 _FACTS = (
