@@ -36,8 +36,18 @@ ROUNDS = (
     Column("energy_j", "float64", "J", "spent by all clients from the opening to the close of the round"),
     Column("prune_ratio_mean", "float64", "", "mean of prune_ratio over this round's participants"),
     Column("lora_rank_mean", "float64", "", "mean of lora_rank over this round's participants"),
-    Column("accuracy", "float64", "", "test accuracy after aggregation, mean over the panel; null between evaluations"),
-    Column("loss", "float64", "", "test loss after aggregation, mean over the panel; null between evaluations"),
+    Column(
+        "accuracy",
+        "float64",
+        "",
+        "test accuracy after aggregation (causal_lm: of response tokens), mean over the panel; null between",
+    ),
+    Column(
+        "loss",
+        "float64",
+        "",
+        "test loss after aggregation, mean over the panel; null between (causal_lm: perplexity is its exponential)",
+    ),
     Column("accuracy_consensus", "float64", "", "test accuracy of one model cut to the fleet-mean ratio; null between"),
     Column("host_s", "float64", "s", "time this computer took (never part of simulated time; differs between runs)"),
 )

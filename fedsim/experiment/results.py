@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -70,6 +71,22 @@ class Run:
         """Whether losses and accuracies come from a fitted model instead of training."""
         return self.manifest.get("engine") == "surrogate"
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether responses were learned (``data.task: causal_lm``): accuracy and loss are then those of tokens."""
+        return (self.config.get("data") or {}).get("task") == "causal_lm"
+
+    @property
+    def perplexity(self) -> pd.Series:
+        """``exp(loss)`` by round, NaN between evaluations: of response tokens, so for language models alone.
+
+        Raises:
+            RunError: the run classified.
+        """
+        if not self.is_language_model:
+            raise RunError(f"run '{self.path}' has no perplexity: its data.task is not causal_lm")
+        return np.exp(self.rounds["loss"]).rename("perplexity")
+
     def has(self, table: str) -> bool:
         """Whether the run records the table (``rounds``, ``client_rounds``, ``events``)."""
         records = self.config.get("records") or {}
@@ -84,7 +101,10 @@ class Run:
             facts.append(f"idle {rounds['idle_fraction'].mean():.1%}")
         tested = rounds["accuracy"].dropna()
         if len(tested):
-            facts.append(f"{'surrogate ' if self.is_surrogate else ''}accuracy {tested.iloc[-1]:.3f}")
+            kind = "surrogate " if self.is_surrogate else "token " if self.is_language_model else ""
+            facts.append(f"{kind}accuracy {tested.iloc[-1]:.3f}")
+            if self.is_language_model:
+                facts.append(f"perplexity {self.perplexity.dropna().iloc[-1]:.1f}")
         lost = int(rounds["dropped"].sum())
         if lost:
             facts.append(f"{lost} of {int(rounds['participants'].sum())} updates lost{self._outcomes()}")

@@ -25,6 +25,16 @@ def accuracy_over_time(groups: Sequence[Group]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def perplexity_over_time(groups: Sequence[Group]) -> pd.DataFrame:
+    """Evaluated rounds of every language model's run: ``method seed profile_draw round end_s perplexity``."""
+    tables = []
+    for group in groups:
+        for (seed, draw), run in group.runs.items():
+            table = run.rounds[["round", "end_s"]].assign(perplexity=run.perplexity).dropna()
+            tables.append(_named(table, method=group.label, seed=seed, profile_draw=draw))
+    return pd.concat(tables, ignore_index=True)
+
+
 def idle_by_class(groups: Sequence[Group]) -> pd.DataFrame:
     """Mean over rounds of each class's idle share, per run: ``method seed profile_draw device idle_fraction``."""
     tables = []
