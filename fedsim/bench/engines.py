@@ -93,7 +93,7 @@ def _measure(plan: Plan, options: Options) -> Findings:
     if not case.ragged and case.ratio == 0.0 and plan.sample is None:
         contenders[_BIG] = bench.one_big_batch()
         contenders[_BIG]()
-    seconds = in_turn(contenders, options.repeats(fewer=case.model != "tiny"), bench.wait)
+    seconds = in_turn(contenders, options.repeats(fewer=case.model != "tiny" or plan.ratio is None), bench.wait)
     amounts = dict.fromkeys(contenders, case.clients) | dict.fromkeys(plain, plan.sample or case.clients)
     # Per client from here on, so that a sample's seconds compare.
     seconds = {who: turns.per(amounts[who]) for who, turns in seconds.items()}
@@ -206,7 +206,7 @@ def _measure_chunks(case: EngineCase, sizes: tuple[int, ...], options: Options) 
             continue
         figure = bench.difference(train(), truth)
         checks.append(Check.of("chunks", case.name, f"relative difference of {who} and chunk 1", figure, _FP32_LIMIT))
-    seconds = in_turn(contenders, options.repeats(fewer=case.model != "tiny"), bench.wait)
+    seconds = in_turn(contenders, options.repeats(fewer=True), bench.wait)
     fastest = min(seconds, key=lambda who: seconds[who].median_s)
     rows = []
     for who, times in seconds.items():
@@ -301,7 +301,7 @@ def _chunk_cases(options: Options) -> list[tuple[EngineCase, tuple[int, ...]]]:
     pruned = replace(tiny, name="tiny, all Linears, ragged, 50% pruned, 32 clients", targets="all", ragged=True)
     cases.append((replace(pruned, ratio=0.5), sizes))
     if has_minilm():
-        minilm = EngineCase("minilm, query and value, 50% pruned, 4 clients", "minilm", 4, _QV, 2, 8, 64, ratio=0.5)
+        minilm = EngineCase("minilm, query and value, 50% pruned, 4 clients", "minilm", 4, _QV, 1, 8, 64, ratio=0.5)
         cases.append((replace(minilm, pooling="mean"), (1, 2, 4) if options.is_full else (1, 4)))
     if options.is_full and has_minilm():
         short = replace(minilm, name="minilm, query and value, 8 x 16 tokens, 8 clients", clients=8, length=16, ratio=0)
