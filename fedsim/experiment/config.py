@@ -250,6 +250,11 @@ def _check(config: Config, method: Method) -> None:
             f"aggregate.rule: value 'average_factors' is not allowed with control.policy {config.control.policy!r} "
             "(it needs equal ranks: use policy uniform, or rule lowrank)"
         )
+    if config.aggregate.rule == "average_factors" and train.rank_decay < 1.0:
+        raise ConfigError(
+            f"train.rank_decay: value {train.rank_decay} is not allowed with aggregate.rule average_factors (clients "
+            "that give up components have unequal ranks: use 1, or another rule)"
+        )
     if config.train.engine in ("none", "surrogate") and method.prunes and prune.selection == "global":
         raise ConfigError(
             f"prune.selection: value 'global' is not allowed with train.engine {config.train.engine} (which layers "

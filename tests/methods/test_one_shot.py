@@ -83,6 +83,11 @@ def test_recovery_must_leave_a_round():
         build_config({"method": "tune_then_prune", "server": {"rounds": 10}, "prune": {"recovery_rounds": 10}})
 
 
+def test_self_pruning_needs_a_rule_for_unequal_ranks():
+    with pytest.raises(ConfigError, match=r"train\.rank_decay: value 0\.9 .* average_factors"):
+        build_config({"method": "fedlora", "train": {"rank_decay": 0.9}})
+
+
 class GivingUp(ToyLearner):
     """Client 2 comes back with a component less, every time."""
 
