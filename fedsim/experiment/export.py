@@ -110,7 +110,10 @@ def export_run(
     except ModelError as error:
         raise ModelError(f"run '{run.path}' cannot be exported without its base model: {error}") from error
     except (KeyError, ValueError, RuntimeError) as error:
-        raise RunError(f"the checkpoint of run '{run.path}' does not fit its configuration ({error})") from error
+        raise RunError(
+            f"the checkpoint of run '{run.path}' does not fit its configuration, or another version of fedsim wrote it "
+            f"(at {error})"
+        ) from error
     _check_model(run, learner.weights_sha256)
 
     scale = config.model.lora_alpha_over_rank
