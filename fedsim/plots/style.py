@@ -107,7 +107,8 @@ def svg_text(figure: Figure) -> str:
     text = content.getvalue()
     text = text[text.index("<svg") :].rstrip()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
-    text = re.sub(r"\n\s*", "\n", text)
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)  # the text of every label, which the glyphs show
+    text = re.sub(r"\s*\n\s*", "\n", text)
     width_in, _ = figure.get_size_inches()
     return re.sub(
         r'<svg ([^>]*?)width="[^"]*pt"', rf'<svg \1style="width:{width_in * 96:.0f}px" role="img"', text, count=1

@@ -107,6 +107,11 @@ def accuracy(material: Material) -> Section | None:
     book, shown = Sketchbook(), material.groups[:PANELS]
     figures.draw_accuracy(shown, material.comparison.clock, material.mark, book)
     body = book.html("accuracy_over_time", "Accuracy over simulated time", "Test accuracy, panel mean.")
+    if all(run.is_language_model for run in runs):
+        figures.draw_perplexity(shown, material.comparison.clock, material.mark, book)
+        body += book.html(
+            "perplexity_over_time", "Perplexity over simulated time", "Of the responses; lower is better."
+        )
     return Section("accuracy", "Accuracy over time", body + _cut_note(material.groups))
 
 
