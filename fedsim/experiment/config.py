@@ -200,7 +200,7 @@ def _check(config: Config, method: Method) -> None:
             f"train.recovery_steps: value {config.local_recovery_steps} is not allowed (they are taken from "
             f"train.local_steps = {train.local_steps}, so at most {train.local_steps - 1})"
         )
-    before = train.local_steps - config.local_recovery_steps
+    before = train.local_steps - (config.local_recovery_steps if iterative else 0)
     if method.prunes and prune.importance_every > before:
         raise ConfigError(
             f"prune.importance_every: value {prune.importance_every} is not allowed (at most the {before} local steps "
