@@ -54,11 +54,16 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
     torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing here reads memory before writing it; filling every new tensor would cost a tenth of a small model's step.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch_device(config.train.torch_device)
     if device.type == "cuda":
         # Without it cuBLAS may choose between workspaces, and repeats would differ; read when CUDA starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # The fused kernels of attention add up gradients in no fixed order; a resumed run must end as an uninterrupted
+        # one. Sentences are short: the plain products cost little more.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_mem_efficient_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     precision = chosen_precision(config.train.precision, config.train.engine, device)
     products = torch.bfloat16 if precision == "bf16" else torch.float32
     responses = corpus.train.responses is not None

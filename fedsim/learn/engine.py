@@ -100,7 +100,13 @@ def make_engine(
         size = sentences_at_once(backbone.shape, int(test.lengths.max()))
         batches, _ = eval_batches(test, size, backbone.device)
         return Engine("reference", "fp32", None, ReferenceTrainer(model, data, rule), ReferenceTester(model, batches))
-    name = "sliced" if train.engine == "auto" else train.engine
+    cohort = CohortModel(backbone, settings.pooling)
+    name = ("sliced" if cohort.keeps_zero else "masked") if train.engine == "auto" else train.engine
+    if name == "sliced" and not cohort.keeps_zero:
+        raise ConfigError(
+            "train.engine: value 'sliced' is not allowed with this model, whose activation does not map 0 to 0 (clients "
+            "of unlike widths could not be padded exactly; masked, reference and auto are allowed)"
+        )
     frozen = {
         linear: (weight.detach(), None if bias is None else bias.detach())
         for linear, (weight, bias) in backbone.full_weights.items()
@@ -112,7 +118,6 @@ def make_engine(
         targets = target_linears(backbone.shape, settings.lora_targets)
         return Base(backbone, targets, settings.lora_alpha_over_rank, frozen, dtype, sliced)
 
-    cohort = CohortModel(backbone, settings.pooling)
     training = base(name == "sliced")
     budget = train.memory_budget_bytes or default_budget_bytes(backbone.device)
     one = client_bytes(cohort, training, adapter, train.batch_size, train.max_length, rule.criterion is not None)

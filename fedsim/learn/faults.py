@@ -10,14 +10,20 @@ import torch
 from fedsim.errors import ResourceError
 
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocator of torch, on a card or on the host, found no room."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    # The processor's allocator raises a plain RuntimeError.
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in str(error) or "not enough memory" in str(error)
-    )
+    # The processor's allocator, pinned memory and cuBLAS raise errors of their own kinds.
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 @contextmanager

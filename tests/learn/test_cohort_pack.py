@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedsim.learn.cohort.pack import PackRule, pack
 
 CPU = torch.device("cpu")
-RULE = PackRule(pooling="first", causal=False, first_position=0, pad_token=0, length_step=4)
+RULE = PackRule(pooling="first", first_position=0, pad_token=0, length_step=4)
 TEXT = toy_text(30, seed=4)
 
 
@@ -25,7 +25,7 @@ def cases(draw):
     parts = draw(st.lists(samples, min_size=1, max_size=4))
     pooling = draw(st.sampled_from(["first", "last", "mean"]))
     roberta = draw(st.booleans())
-    return parts, PackRule(pooling, pooling == "last", 2 * roberta, int(roberta), draw(st.sampled_from([1, 4, 64])))
+    return parts, PackRule(pooling, 2 * roberta, int(roberta), draw(st.sampled_from([1, 4, 64])))
 
 
 def sentences(parts):

@@ -1,7 +1,8 @@
 """Which features each client of a cohort keeps, as index tensors: the widths of stacked, sliced weights.
 
 Clients of unlike structure are padded to the widest, layer by layer. Padding is exact: its weights, biases and factors
-are zero, so that its outputs, and the gradients of its factors, are zero too.
+are zero, so that its outputs, and the gradients of its factors, are zero too (channels: for activations that map 0 to
+0, as GELU, SiLU and ReLU do; `fedsim.learn.engine` masks a model with another one).
 """
 
 from __future__ import annotations

@@ -44,11 +44,17 @@ class CohortModel:
         is_roberta = shape.architecture == "roberta"
         self.pack_rule = PackRule(
             pooling=single if pooling == "native" else pooling,
-            causal=shape.architecture == "llama",
             first_position=int(encoder.embeddings.padding_idx) + 1 if is_roberta else 0,
             pad_token=int(encoder.embeddings.padding_idx) if is_roberta else 0,
             length_step=_LENGTH_STEP.get(backbone.device.type, 8),
         )
+
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether the feed-forward's activation maps 0 to 0, so that channels of zeros stay zero."""
+        module = self._modules[0]
+        act = module.mlp.act_fn if hasattr(module, "mlp") else module.intermediate.intermediate_act_fn
+        return float(act(torch.zeros(1))) == 0.0
 
     def logits(self, batch: PackedBatch, stack: CohortStack) -> torch.Tensor:
         """Scores ``(C, n, labels)``, or ``(C, n, vocab)`` of the next tokens; those of empty slots mean nothing."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 Frozen = tuple[torch.Tensor, torch.Tensor | None]
 """Weight ``(o, i)`` shared by all clients or ``(C, o, i)``, and bias ``(o,)`` or ``(C, o)`` or None."""
@@ -61,6 +62,7 @@ class _LoraLinears(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | float | None, ...]:
         x, *rest = ctx.saved_tensors
         scale: float = ctx.scale
@@ -138,6 +140,7 @@ class _Move(torch.autograd.Function):
         return _gather(rows, take, empty)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _gather(grad, ctx.back, ctx.back_empty), None, None, None, None
 

@@ -34,7 +34,10 @@ def default_budget_bytes(device: torch.device) -> int:
 def client_bytes(
     model: CohortModel, base: Base, adapter: Adapter, batch_size: int, max_length: int, prunes: bool
 ) -> int:
-    """Bytes that a client adds to a chunk, at most: one unpruned step on a batch of the longest sentences, measured.
+    """Bytes that a client adds to a chunk: one unpruned step on a batch of the longest sentences, measured.
+
+    About the most that a client takes: batches sent ahead and an estimate's saliency come on top, for which the budget
+    leaves room. A chunk that runs out of memory all the same is halved (`fedsim.learn.cohort.plan`).
 
     On a card this is the allocator's peak; on a processor the tensors kept for the backward pass are counted. Depends
     on shapes alone, so that chunks are the same in a repeated run.

@@ -29,14 +29,12 @@ class PackRule:
     Attributes:
         pooling: ``first`` token, ``last`` token, or ``mean`` of the tokens; ``next``: no pooling, every token before a
             token of a response is read by itself.
-        causal: whether a token sees only those before it.
         first_position: number of a sentence's first position (RoBERTa counts from its padding token on).
         pad_token: id on empty places; in RoBERTa a token with this id does not count as a position.
         length_step: attention takes sentences together whose lengths, rounded up to this, are equal.
     """
 
     pooling: str
-    causal: bool
     first_position: int
     pad_token: int
     length_step: int

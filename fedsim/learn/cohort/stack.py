@@ -7,7 +7,7 @@ projections that read them. Both are exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -157,23 +157,21 @@ class CohortStack:
     def read(self) -> list[Adapter]:
         """Every client's factors at its own widths and rank, and its head: detached copies."""
         clients: list[dict[str, tuple[torch.Tensor, torch.Tensor]]] = [{} for _ in self.members]
-        device = self.base.backbone.device
         for linear in self.base.targets:
             a, b = (factor.detach() for factor in self.factors[linear.name])
             is_columns = linear.role in COLUMN_PRUNED
             masks = self._group_masks(linear)
             counts = masks.sum(axis=1) * group_width(linear, self.base.backbone.shape)
-            is_hidden = not self.base.sliced and not masks.all()
+            # Where a mask hides features: the kept ones of all clients, sent to the device at once.
+            hidden = None if self.base.sliced or masks.all() else self._places(linear)
             for client, own in enumerate(clients):
                 rank, own_a, own_b = int(self.ranks[client]), a[client], b[client]
-                kept: slice | torch.Tensor = slice(int(counts[client]))
-                if is_hidden:
-                    places = np.flatnonzero(np.repeat(masks[client], group_width(linear, self.base.backbone.shape)))
-                    kept = torch.from_numpy(places).to(device)
+                kept = slice(int(counts[client])) if hidden is None else hidden[client]
                 if is_columns:
-                    own[linear.name] = own_a[:rank, kept].clone(), own_b[:rank].T.contiguous().clone()
+                    own_a = own_a[:, kept]
                 else:
-                    own[linear.name] = own_a[:rank].clone(), own_b[:rank, kept].T.contiguous().clone()
+                    own_b = own_b[:, kept]
+                own[linear.name] = _copied(own_a[:rank]), _copied(own_b[:rank].T)
         heads = {name: tensor.detach() for name, tensor in self.head.items()}
         return [
             Adapter(own, {name: tensor[client].clone() for name, tensor in heads.items()})
@@ -186,6 +184,12 @@ class CohortStack:
         masks = self.widths.head_masks if linear.role in HEAD_ROLES else self.widths.channel_masks
         layer: np.ndarray = masks[:, linear.layer]
         return layer
+
+    def _places(self, linear: PrunableLinear) -> tuple[torch.Tensor, ...]:
+        """Per client the features that it keeps of a Linear."""
+        features = np.repeat(self._group_masks(linear), group_width(linear, self.base.backbone.shape), axis=1)
+        _, places = np.nonzero(features)
+        return torch.from_numpy(places).to(self.base.backbone.device).split(features.sum(axis=1).tolist())
 
     def _widths(self, structures: Sequence[Structure]) -> Widths:
         return Widths.of(self.base.backbone.shape, structures, self.base.sliced, self.base.backbone.device)
@@ -235,12 +239,18 @@ class CohortStack:
                     self._masks[linear.name] = kept.unsqueeze(1)
 
 
-def _moved(tensor: torch.Tensor, keep, optimizer: torch.optim.Optimizer) -> torch.Tensor:  # type: ignore[no-untyped-def]
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _moved(
+    tensor: torch.Tensor, keep: Callable[[torch.Tensor], torch.Tensor], optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
     """A trained tensor with part of its places, and with the same part of its moments."""
     new = keep(tensor.detach())
     if new.shape == tensor.shape and new.data_ptr() == tensor.data_ptr():
         return tensor
-    new = new.clone().requires_grad_(True)
+    new.requires_grad_(True)
     for group in optimizer.param_groups:
         group["params"] = [new if parameter is tensor else parameter for parameter in group["params"]]
     state = optimizer.state.pop(tensor, None)
