@@ -52,7 +52,8 @@ class DataSettings(Section):
     """Where the labelled text comes from and how it is split over clients.
 
     Columns (``text``, ``pair``, ``label``, ``test_text``) go by name, or by 0-based index where ``header: false``.
-    Without ``test_path`` a seeded fifth of the rows is held out.
+    Without ``test_path`` a seeded fifth of the rows is held out. With ``task: causal_lm`` they are a prompt's, its
+    context's (which may be empty) and a response's, and ``field`` is the category that stands in for a label.
     """
 
     name: str | None = None
