@@ -63,7 +63,8 @@ def find_config(name: str | Path) -> Path:
     if path.is_file():
         return path
     folder = resource_folder("experiments")
-    presets = {str(file.relative_to(folder).with_suffix("")): file for file in sorted(folder.rglob("*.yaml"))}
+    files = sorted(file for file in folder.rglob("*.yaml") if file.name != "tiny.yaml")
+    presets = {str(file.relative_to(folder).with_suffix("")): file for file in files}
     asked = Path(*path.parts[1:]) if path.parts[:1] == (folder.name,) else path
     wanted = str(asked.with_suffix("") if asked.suffix == ".yaml" else asked)
     if wanted in presets:
