@@ -17,8 +17,19 @@ from fedsim.experiment.rundir import atomic_write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette (2008), without its yellow, which is too light for lines.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's palette (2008), without its yellow, which is too light for lines; then three that differ in lightness.
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#8C8C8C",
+    "#7B4B94",
+    "#6B4F1D",
+)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 1)))
 PHASE_COLOURS = {
@@ -89,7 +100,9 @@ def settle(figure: Figure, frame: pd.DataFrame, mark: str | None) -> pd.DataFram
 
     Returns the table.
     """
-    figure.draw_without_rendering()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)  # without the whole drawing that draw_without_rendering would do after it
     figure.set_layout_engine("none")
     if mark is None:
         return frame

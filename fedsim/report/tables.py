@@ -186,7 +186,7 @@ def config_tables(groups: Sequence[Group]) -> tuple[str, str]:
     header = ["key", *(group.label for group in groups)]
     differing = [[name, *(one.get(name, "-") for one in flat)] for name in names if name not in shared]
     return (
-        table(header, differing, "Keys in which the methods differ.", kind="") if differing else "",
+        table(header, differing, "Keys in which the methods differ.", kind="plain") if differing else "",
         table(
             ["key", "value"], [[name, flat[0][name]] for name in shared], "Keys that all share; seeds aside.", kind=""
         ),
