@@ -98,14 +98,15 @@ def draw_resources(frame: pd.DataFrame, classes: Sequence[str], text: str, mark:
                 axes.barh(range(len(methods)), width, left=left, height=0.66, color=looks[name]["color"])
                 left += width
             axes.set_xlabel(f"{'traffic, both ways' if unit == 'B' else 'energy'} ({prefix})")
-        prefix, factor = scale(float(own["peak_memory_bytes"].max() or 0.0), "B")
+        prefix, factor = scale(float(own["peak_memory_bytes"].max()), "B")
         for name in names:
             mine = own[own["device"] == name]
             places = [methods.index(method) for method in mine["method"]]
             look = {"color": looks[name]["color"], "marker": looks[name]["marker"], "linestyle": "none"}
             right.plot(mine["peak_memory_bytes"] / factor, places, label=name, **look)
         right.set_xlabel(f"highest memory use ({prefix})")
-        right.set_xlim(left=0)
+        largest = float(own["peak_memory_bytes"].max())
+        right.set_xlim(0, 1.1 * largest / factor if largest > 0 else 1)
         _rows_named(left_axes, methods)
         handles, labels = right.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(names))
