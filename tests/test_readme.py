@@ -34,7 +34,8 @@ def test_every_method_is_named(text):
 
 
 def test_commands_parse(text):
-    commands = re.findall(r"^fedsim ((?:run|compare|devices|estimate|fit-surrogate|export)[^\n#]*)", text, flags=re.MULTILINE)
+    names = "run|sweep|compare|report|devices|estimate|fit-surrogate|export|bench"
+    commands = re.findall(rf"^fedsim ((?:{names})[^\n#]*)", text, flags=re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:
         _parser().parse_args(command.split())

@@ -12,7 +12,7 @@ from fedsim.learn.adapter import initial_adapter
 from fedsim.learn.aggregate import find_rule
 from fedsim.learn.backbone import load_backbone
 from fedsim.learn.batches import encode
-from fedsim.learn.engine import chosen_precision, make_engine
+from fedsim.learn.engine import chosen_engine, chosen_precision, make_engine
 from fedsim.learn.importance import find_criterion
 from fedsim.learn.learner import LearnerParts, LoraLearner
 from fedsim.learn.prompts import encode_prompts
@@ -64,7 +64,8 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-    precision = chosen_precision(config.train.precision, config.train.engine, device)
+    engine_name = chosen_engine(config.train.engine, criterion if prunes else None)
+    precision = chosen_precision(config.train.precision, engine_name, device)
     products = torch.bfloat16 if precision == "bf16" else torch.float32
     responses = corpus.train.responses is not None
     labels = 0 if responses else len(corpus.label_names)

@@ -2,8 +2,9 @@
 
 ``reference`` is the oracle: one PEFT model, client after client. ``masked`` and ``sliced`` train cohorts
 (`fedsim.learn.cohort`) and agree with it to rounding. ``auto`` takes ``sliced``: wherever it was measured it was at
-least as fast as ``masked`` (equal where nothing is pruned, as both then share the weights). How many clients run
-together follows `chunk_clients`; ``fedsim bench`` repeats the measurements behind it.
+least as fast as ``masked`` (equal where nothing is pruned, as both then share the weights). Two exceptions: a model
+whose padding would not be exact is masked, and a user's criterion without a form for cohorts takes the reference. How
+many clients run together follows `chunk_clients`; ``fedsim bench`` repeats the measurements behind it.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from fedsim.learn.batches import EncodedText, eval_batches
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.memory import client_bytes, default_budget_bytes
 from fedsim.learn.cohort.plan import ChunkPlan
+from fedsim.learn.cohort.scores import ESTIMATES
 from fedsim.learn.cohort.stack import Base
 from fedsim.learn.cohort.tester import CohortTester
 from fedsim.learn.cohort.trainer import CohortTrainer
 from fedsim.learn.evaluate import Tester, sentences_at_once
+from fedsim.learn.importance import Criterion
 from fedsim.learn.linears import target_linears
 from fedsim.learn.train import ClientData, Trainer, TrainRule
 from fedsim.settings import Config
@@ -49,6 +52,12 @@ class Engine:
     plan: ChunkPlan | None
     trainer: Trainer
     tester: Tester
+
+
+def chosen_engine(asked: str, criterion: Criterion | None) -> str:
+    """``train.engine``, where ``auto`` becomes ``reference`` for a user's criterion that has no form for cohorts."""
+    alone = criterion is not None and criterion.estimate is not None and criterion.estimate not in ESTIMATES
+    return "reference" if asked == "auto" and alone else asked
 
 
 def chosen_precision(asked: str, engine: str, device: torch.device) -> str:
@@ -90,9 +99,14 @@ def make_engine(
     rule: TrainRule,
     precision: str,
 ) -> Engine:
-    """Stand up the engine that ``train.engine`` names."""
+    """Stand up the engine that ``train.engine`` names.
+
+    Raises:
+        ConfigError: ``sliced`` with a model that cannot be padded exactly, or a criterion without a form for cohorts.
+    """
     train, settings = config.train, config.model
-    if train.engine == "reference":
+    asked = chosen_engine(train.engine, rule.criterion)
+    if asked == "reference":
         from fedsim.learn.lora import LoraModel  # PEFT takes seconds to import, and only the oracle needs it
         from fedsim.learn.reference import ReferenceTester, ReferenceTrainer
 
@@ -101,11 +115,11 @@ def make_engine(
         batches, _ = eval_batches(test, size, backbone.device)
         return Engine("reference", "fp32", None, ReferenceTrainer(model, data, rule), ReferenceTester(model, batches))
     cohort = CohortModel(backbone, settings.pooling)
-    name = ("sliced" if cohort.keeps_zero else "masked") if train.engine == "auto" else train.engine
+    name = ("sliced" if cohort.keeps_zero else "masked") if asked == "auto" else asked
     if name == "sliced" and not cohort.keeps_zero:
         raise ConfigError(
-            "train.engine: value 'sliced' is not allowed with this model, whose activation does not map 0 to 0 (clients "
-            "of unlike widths could not be padded exactly; masked, reference and auto are allowed)"
+            "train.engine: value 'sliced' is not allowed with this model, whose activation does not map 0 to 0 "
+            "(clients of unlike widths could not be padded exactly; masked, reference and auto are allowed)"
         )
     frozen = {
         linear: (weight.detach(), None if bias is None else bias.detach())

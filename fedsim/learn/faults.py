@@ -9,7 +9,6 @@ import torch
 
 from fedsim.errors import ResourceError
 
-
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fedsim.data.records import Corpus, LabelledText
+from fedsim.errors import ConfigError
 from fedsim.experiment.config import build_config
 from fedsim.learn.build import build_learner, torch_device
 from fedsim.specs import LocalRequest, LocalRequests, LocalResults, Outcome
@@ -285,8 +286,6 @@ def test_the_exported_adapter_loads_in_plain_peft_with_identical_hidden_states(t
 
 
 def test_devices_are_checked():
-    from fedsim.errors import ConfigError
-
     assert torch_device("cpu").type == "cpu"
     assert torch_device("auto").type in ("cpu", "cuda")
     for name in ("tpu", "mps", "cuda:99", ""):
@@ -327,3 +326,27 @@ def test_common_masks_of_unequal_ratios_are_nested(tiny_folders, reversible):
             assert inner.within(outer).same_as(inner)
     achieved = learner.cut(np.arange(CLIENTS), np.full(CLIENTS, 0.7))
     assert np.ptp(achieved) == 0
+
+
+def test_a_criterion_of_the_user_s_own_takes_the_reference_engine(tiny_folders, monkeypatch):
+    from fedsim.learn import importance
+
+    own = importance.Criterion(estimate=lambda model: importance.lora_guided(model))
+    monkeypatch.setitem(importance.CRITERIA, "mine", own)
+    learner = make_learner(tiny_folders["roberta"], {"prune.criterion": "mine"})
+    assert learner.facts["engine"] == "reference"
+    (result,) = play(learner, [request(0, 1, 0.5)])
+    assert result.ratio > 0.3
+    with pytest.raises(ConfigError, match=r"prune\.criterion: .*train\.engine to 'reference'"):
+        make_learner(tiny_folders["roberta"], {"prune.criterion": "mine", "train.engine": "sliced"})
+
+
+def test_an_activation_that_moves_zero_is_masked_and_refused_sliced(make_folder):
+    import json
+
+    folder = make_folder("roberta")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_act": "sigmoid"}))
+    assert make_learner(folder).facts["engine"] == "masked"
+    with pytest.raises(ConfigError, match=r"train\.engine: value 'sliced' .*does not map 0 to 0"):
+        make_learner(folder, {"train.engine": "sliced"})
