@@ -2,12 +2,13 @@
 # jupyter:
 #   jupytext:
 #     text_representation: {extension: .py, format_name: percent}
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
 # ---
 
 # %% [markdown]
 # # First look at finished runs
-# Reads what `make demo` (or any `fedsim run`) left on disk; nothing is trained here. Open it as a notebook with
-# jupytext, or run it as a script: `python notebooks/first_look.py runs/quickstart`.
+# Reads what `make demo` (or any `fedsim run`) left on disk; nothing is trained here. Open it in Jupyter, or run it as
+# a script: `python notebooks/first_look.py runs/quickstart`.
 
 # %%
 import sys
