@@ -75,7 +75,7 @@ print(comparison.as_text())
 # %%
 of = "total simulated time"
 if comparison.target_accuracy is not None:
-    of = f"time to accuracy {comparison.target_accuracy:.4g}"
+    of = f"simulated time to accuracy {comparison.target_accuracy:.4g}"
 draw_speedups(speedups(comparison), of, comparison.baseline, comparison.clock, mark, show)
 
 # %% [markdown]
@@ -120,7 +120,7 @@ else:
 SETTINGS = {"train.local_steps": "tau", "control.discount": "lambda", "control.exploration": "s"}
 FOLLOW = {"train.local_steps": ["train.recovery_steps", "server.rounds", "evaluate.every_rounds"]}
 QUANTITIES = {
-    comparison.speedup_of: of + ", simulated s",
+    comparison.speedup_of: f"{of} (s)",
     "accuracy_final": "final accuracy",
     "idle_fraction": "idle share of the round",
 }
