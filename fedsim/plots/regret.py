@@ -18,13 +18,13 @@ from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
 from fedsim.plots.figures import PANELS, SURROGATE
-from fedsim.plots.style import Sink, canvas, caption, save, styles
+from fedsim.plots.style import Sink, canvas, caption, columns_that_fit, legend_in, save, styles, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHORT = 26
-"""Longest name, in characters, that fits a panel's title, or three to a line of a legend."""
+"""Longest name, in characters, that fits a panel's title."""
 _ARM_COLUMNS = [
     "round",
     "client",
@@ -124,7 +124,9 @@ def draw_cumulative_regret(
             )
     frame = pd.concat(tables, ignore_index=True)
     looks = styles([group.label for group in groups])
-    with canvas(7.2, 4.2) as figure:
+    names = [wrapped(group.label) for group in groups] + ["cold start"]
+    columns = columns_that_fit(names, 7.2)
+    with canvas(7.2, 4.2 + legend_in(names, columns)) as figure:
         axes = figure.add_subplot()
         several = False
         for group in groups:
@@ -136,12 +138,11 @@ def draw_cumulative_regret(
                 for _, one in repeats:
                     axes.plot(one["round"], one["cumulative_regret_s"], color=look["color"], linewidth=0.7, alpha=0.4)
             mean = own.groupby("round")["cumulative_regret_s"].mean()
-            axes.plot(mean.index, mean, label=group.label, **line)
+            axes.plot(mean.index, mean, label=wrapped(group.label), **line)
         first = next(iter(known.values()))
         if first.cold_start_rounds:
             cold = first.cold_start_first_round, first.cold_start_first_round + first.cold_start_rounds
             axes.axvspan(*cold, color="#EEEEEE", zorder=0, label="cold start")
-        columns = min(3, len(groups) + 1) if max(len(group.label) for group in groups) <= _SHORT else 1
         axes.set_xlabel("round")
         axes.set_ylabel("simulated seconds lost against the oracle")
         axes.set_xlim(left=0)
