@@ -6,6 +6,7 @@ Other differences are told, and left to the reader. Unfinished runs are told and
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,9 @@ _WITHOUT_EFFECT = ("seed", "records.", "server.checkpoint_every", "train.threads
 
 _SHARED_SECTIONS = ("model.", "data.", "fleet.", "server.", "train.", "evaluate.")
 """Sections that methods are expected to share; the others belong to a method."""
+
+_KEYS_IN_FULL = 3
+"""So many differing keys are named in every label."""
 
 Repeat = tuple[int, int]
 """Root seed, and number of the draw of the device profiles (-1: the profiles themselves): what pairs runs."""
@@ -105,10 +109,27 @@ def check_together(runs: Sequence[Run]) -> list[str]:
     return warnings
 
 
+def _told_apart(rivals: Sequence[dict[str, str]]) -> list[str]:
+    """What tells each configuration of a method from the others."""
+    keys = sorted({key for settings in rivals for key in settings})
+    differing = [key for key in keys if len({settings.get(key) for settings in rivals}) > 1]
+    if len(differing) > _KEYS_IN_FULL:
+        usual = {key: Counter(settings.get(key) for settings in rivals).most_common(1)[0][0] for key in differing}
+        short = [_settings_text(own, [key for key in differing if own.get(key) != usual[key]]) for own in rivals]
+        if len(set(short)) == len(rivals):
+            return short
+    return [_settings_text(own, differing) for own in rivals]
+
+
+def _settings_text(settings: Mapping[str, str], keys: Sequence[str]) -> str:
+    return ", ".join(f"{key}={settings.get(key)}" for key in keys)
+
+
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     """Group repeats of one method and configuration, in the order of the runs, and return warnings.
 
-    Where a method comes in several configurations, the label of each names the keys in which they differ.
+    Where a method comes in several configurations, the label of each names the keys in which they differ; where these
+    are more than `_KEYS_IN_FULL`, only those in which it differs from most of its like.
     """
     flat = [_flat(_with_defaults(run.config)) for run in runs]
     kinds: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
@@ -118,10 +139,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     warnings, groups = [], []
     for (method, own), members in kinds.items():
         rivals = [dict(settings) for name, settings in kinds if name == method]
-        keys = sorted({key for settings in rivals for key in settings})
-        differing = [key for key in keys if len({settings.get(key) for settings in rivals}) > 1]
-        values = dict(own)
-        suffix = ", ".join(f"{key}={values.get(key)}" for key in differing)
+        suffix = _told_apart(rivals)[rivals.index(dict(own))]
         repeats: dict[Repeat, Run] = {}
         for index in members:
             kept = repeats.setdefault(repeat_of(runs[index]), runs[index])

@@ -462,3 +462,14 @@ def test_a_sweep_says_which_cells_are_missing(tmp_path):
     for damaged in ("{", "[]", '{"cells": [1]}'):
         (tmp_path / "sweep.json").write_text(damaged)
         assert "cannot be read" in sweep_notes([tmp_path])[0]
+
+
+def test_where_many_keys_differ_a_label_names_only_what_is_unusual():
+    from fedsim.experiment.belonging import _told_apart
+
+    usual = {"a": "1", "b": "1", "c": "1", "d": "1"}
+    rivals = [usual, {**usual, "a": "2"}, {**usual, "b": "2", "c": "2"}, {**usual, "d": "2"}]
+    assert _told_apart(rivals) == ["", "a=2", "b=2, c=2", "d=2"]
+    assert _told_apart(rivals[:2]) == ["a=1", "a=2"]
+    two = [{"a": "1", "b": "1", "c": "1", "d": "1"}, {"a": "2", "b": "2", "c": "2", "d": "2"}]
+    assert len(set(_told_apart(two))) == 2
