@@ -101,6 +101,7 @@ class TrainSettings(Section):
     """Local training. AdamW starts afresh each round; dropout is 0.
 
     ``local_steps`` is the paper's tau. ``recovery_steps`` (null: a quarter of tau) run after pruning, taken from tau.
+    ``memory_budget_bytes`` is what clients trained together may take of the device (null: a share of its memory).
     ``surrogate`` is the file of a fitted loss model (``fedsim fit-surrogate``), for ``engine: surrogate`` alone.
     Rank self-pruning (HETLoRA): with ``rank_decay`` below 1 a client whose last LoRA components shrank in its job gives
     them up and keeps that share of its rank; ``rank_penalty`` weighs those components' norm in its loss.

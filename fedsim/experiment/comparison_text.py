@@ -97,7 +97,7 @@ def _notes(comparison: Comparison) -> list[str]:
     lines += reached_text(comparison)
     lines.append(
         f"Speedup over {comparison.baseline}, paired by seed, geometric mean; 95% bootstrap interval over seeds; fewer "
-        "than three pairs have no interval."
+        "than three pairs have no interval, and of fewer than six it is little more than their range."
     )
     if comparison.fastest_class is not None:
         lines.append(
@@ -167,7 +167,7 @@ def reached_text(comparison: Comparison) -> list[str]:
         return []
     if not rows["reached"].any():
         best = rows["accuracy_best"].max()
-        return [f"No run reached {comparison.target_accuracy:g}: the best accuracy of all is {best:.4f}."]
+        return [f"No run reached {comparison.target_accuracy:g}: the best mean over seeds is {best:.4f}."]
     missed = ", ".join(
         f"{row['method']} ({row['runs'] - row['reached']} of {row['runs']} runs)"
         for _, row in rows.iterrows()

@@ -261,6 +261,11 @@ def _check(config: Config, method: Method) -> None:
             f"prune.selection: value 'global' is not allowed with train.engine {config.train.engine} (which layers "
             "lose how much is known only from training; layer_local is allowed)"
         )
+    if train.engine == "reference" and train.precision == "bf16":
+        raise ConfigError(
+            "train.precision: value 'bf16' is not allowed with train.engine reference (the oracle stays in fp32; fp32 "
+            "or auto)"
+        )
     if train.engine == "surrogate" and train.surrogate is None:
         raise ConfigError(
             "train.surrogate: value null is not allowed with train.engine surrogate (give the file that fedsim "

@@ -135,6 +135,11 @@ def make_engine(
     training = base(name == "sliced")
     budget = train.memory_budget_bytes or default_budget_bytes(backbone.device)
     one = client_bytes(cohort, training, adapter, train.batch_size, train.max_length, rule.criterion is not None)
+    if train.memory_budget_bytes is not None and one > budget:
+        raise ConfigError(
+            f"train.memory_budget_bytes: value {train.memory_budget_bytes} is not allowed (one client takes about "
+            f"{one} bytes; null takes a share of the device's memory)"
+        )
     fastest = chunk_clients(backbone.shape, train.batch_size * train.max_length, backbone.device)
     fitting = max(1, budget // one)
     plan = ChunkPlan(min(fitting, max(1, len(data.parts)), fastest or fitting))

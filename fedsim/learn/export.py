@@ -138,7 +138,11 @@ class Exported:
 
         Args:
             pairs: second sentences, as many.
+        Raises:
+            ValueError: no sentences, or a string in the place of a list of them.
         """
+        if isinstance(sentences, str) or isinstance(pairs, str) or not len(sentences):
+            raise ValueError("logits takes a list of at least one sentence (and of as many second sentences)")
         inputs = self.tokenizer(
             list(sentences),
             None if pairs is None else list(pairs),

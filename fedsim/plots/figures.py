@@ -237,6 +237,9 @@ def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, 
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("simulated time since the round opened (s)")
             handles |= {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+        # The panels share their axis: it must reach to the end of the longest round, not of the first one drawn.
+        longest_s = frame[[f"{phase}_s" for phase in frames.PHASES]].sum(axis=1).max()
+        grid[0, 0].set_xlim(0.0, 1.05 * longest_s)
         names_in_order = [name for name in (*frames.PHASES, _NOT_OK) if name in handles]
         figure.legend(
             [handles[name] for name in names_in_order], names_in_order, loc="outside upper center", ncols=len(handles)
@@ -278,7 +281,6 @@ def _draw_bars(axes: Any, rows: pd.DataFrame, name_classes: bool) -> None:
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(left=0)
 
 
 def _percent() -> Any:

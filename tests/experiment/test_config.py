@@ -104,6 +104,7 @@ REFUSED = [
     ({"train": {"engine": "magic"}}, r"train.engine: value 'magic' is not allowed .*'reference'"),
     ({"server": {"clients_per_round": "some"}}, r"server.clients_per_round: value 'some'"),
     ({"server": {"mode": "async"}}, r"server.mode: value 'async'"),
+    ({"train": {"engine": "reference", "precision": "bf16"}}, r"train.precision: value .bf16. is not allowed"),
     ({"server": {"over_selection": 0.5}}, r"server.over_selection: value 0.5 .*clients_per_round all"),
     ({"prune": {"target": 1.0}}, r"prune.target: value 1.0 is not allowed .*less than 1"),
     ({"prune": {"target": -0.1}}, r"prune.target: value -0.1"),

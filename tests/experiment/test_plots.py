@@ -158,3 +158,22 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(runs, tmp_path):
 def test_importing_the_plots_loads_no_matplotlib():
     code = "import sys, fedsim.plots; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_timeline_reaches_to_the_end_of_its_longest_round():
+    """The panels share an axis; the first one drawn may be the shortest."""
+    import pandas as pd
+
+    from fedsim.plots import figures
+    from fedsim.plots.frames import PHASES
+
+    def rows(method: str, seconds: float) -> pd.DataFrame:
+        phases = {f"{phase}_s": [seconds / len(PHASES)] * 2 for phase in PHASES}
+        about = {"method": method, "seed": 0, "round": 1, "client": [0, 1], "device": "a", "mode": "m", "outcome": "ok"}
+        return pd.DataFrame({**about, **phases})
+
+    limits = []
+    frame = pd.concat([rows("short", 5.0), rows("long", 20.0)], ignore_index=True)
+    figures.draw_timeline(frame, "", None, lambda figure, *_: limits.extend(axes.get_xlim() for axes in figure.axes))
+    assert len(limits) == 2
+    assert all(low == 0.0 and 20.0 < high < 22.0 for low, high in limits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import load_file
 
 import fedsim
 import fedsim.experiment.run as run_module
+from fedsim.errors import ConfigError
 
 CONFIG = {
     "method": "fedspine_uniform",
@@ -93,7 +96,10 @@ def test_a_resumed_run_is_bit_equal(auto, tmp_path, monkeypatch, stopped_after):
 
 
 def test_chunks_by_a_memory_budget_change_rounding_only(auto, tmp_path):
-    small = run(tmp_path / "small", **{"train.engine": "auto", "train.memory_budget_bytes": 1})
+    with pytest.raises(ConfigError) as refused:
+        run(tmp_path / "none", **{"train.engine": "auto", "train.memory_budget_bytes": 1})
+    one_client = int(re.search(r"about (\d+) bytes", str(refused.value))[1])
+    small = run(tmp_path / "small", **{"train.engine": "auto", "train.memory_budget_bytes": one_client})
     assert small.manifest["chunk_clients"] == 1
     assert auto.manifest["chunk_clients"] > 1
     assert small.manifest["trace_hash"] == auto.manifest["trace_hash"]

@@ -350,3 +350,9 @@ def test_an_activation_that_moves_zero_is_masked_and_refused_sliced(make_folder)
     assert make_learner(folder).facts["engine"] == "masked"
     with pytest.raises(ConfigError, match=r"train\.engine: value 'sliced' .*does not map 0 to 0"):
         make_learner(folder, {"train.engine": "sliced"})
+
+
+def test_a_memory_budget_below_one_client_is_refused(tiny_folders):
+    with pytest.raises(ConfigError, match=r"train\.memory_budget_bytes: value 1 .*one client takes about \d+ bytes"):
+        make_learner(tiny_folders["bert"], {"train.memory_budget_bytes": 1})
+    assert make_learner(tiny_folders["bert"], {"train.memory_budget_bytes": 10**9}).facts["chunk_clients"] >= 1
