@@ -30,8 +30,8 @@ import torch
 
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import COLUMN_PRUNED, Coverage, concatenate, sides
-from fedsim.learn.linears import prunable_linears
+from fedsim.learn.coverage import Coverage, concatenate, sides
+from fedsim.learn.linears import COLUMN_PRUNED, prunable_linears
 from fedsim.learn.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
 from fedsim.learn.merging import Contribution, Rule, client_weights, covered, factors_of, mean_head
 from fedsim.learn.rules_padded import hetlora, zero_pad

@@ -16,13 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedsim.learn.adapter import Factors
-from fedsim.learn.linears import PrunableLinear, Role, group_width
+from fedsim.learn.linears import HEAD_ROLES, PrunableLinear, group_width
 from fedsim.structure import ModelShape, Structure
 
 _BUFFER_ELEMENTS = 1 << 18
 """Least room for concatenated factors: 1 MB, so that small layers are not merged client by client."""
-COLUMN_PRUNED = (Role.ATTENTION_OUT, Role.DOWN)
-_HEADS = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +59,7 @@ class Coverage:
 
 def groups_lost(linear: PrunableLinear, shape: ModelShape) -> tuple[bool, int]:
     """Which groups of its layer a Linear loses (head groups, or else channels), and features per group."""
-    return linear.role in _HEADS, group_width(linear, shape)
+    return linear.role in HEAD_ROLES, group_width(linear, shape)
 
 
 def sides(factors: Factors, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.backbone import Backbone
-from fedsim.learn.linears import PrunableLinear, Role, group_width, prunable_linears
+from fedsim.learn.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
 from fedsim.rng import Stream, generator
 from fedsim.specs import FloatArray
 from fedsim.structure import ModelShape
@@ -40,9 +40,6 @@ DECAY = 0.9
 
 _CHUNK_ELEMENTS = 1 << 20
 """Saliency is formed for at most about this many weights at a time."""
-
-_BY_HEAD = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
-_BY_COLUMN = (Role.ATTENTION_OUT, Role.DOWN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +106,7 @@ def lora_guided(model: LoraModel) -> GroupScores:
 
 def _axis(linear: PrunableLinear) -> int:
     """The axis of the weight along which its groups lie."""
-    return 1 if linear.role in _BY_COLUMN else 0
+    return 1 if linear.role in COLUMN_PRUNED else 0
 
 
 def _saliency(
@@ -158,7 +155,7 @@ def _collect(
     heads, channels = np.where(head_mask, 0.0, np.nan), np.where(channel_mask, 0.0, np.nan)
     ends = np.cumsum([len(vector) for vector in vectors])
     for linear, vector in zip(linears, np.split(flat, ends[:-1]), strict=True):
-        is_head = linear.role in _BY_HEAD
+        is_head = linear.role in HEAD_ROLES
         scores, mask = (heads, head_mask) if is_head else (channels, channel_mask)
         scores[linear.layer, mask[linear.layer]] += vector
     return GroupScores(heads, channels)
@@ -173,7 +170,7 @@ def activation_gradient(model: LoraModel) -> GroupScores:
     Raises:
         ValueError: the pass was not watched, or there was no backward pass.
     """
-    linears = tuple(one for one in prunable_linears(model.backbone.shape) if one.role in _BY_COLUMN)
+    linears = tuple(one for one in prunable_linears(model.backbone.shape) if one.role in COLUMN_PRUNED)
     sums = []
     for linear in linears:
         x = model.watched.get(linear.name)

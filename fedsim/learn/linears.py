@@ -34,6 +34,13 @@ class Role(StrEnum):
     DOWN = "down"
 
 
+HEAD_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
+"""Linears that lose head groups; the others lose channels."""
+
+COLUMN_PRUNED = (Role.ATTENTION_OUT, Role.DOWN)
+"""Linears that lose columns; the others lose rows."""
+
+
 @dataclass(frozen=True)
 class PrunableLinear:
     """One Linear layer ``(d_out, d_in)`` whose rows or columns belong to prunable groups."""
@@ -120,7 +127,7 @@ def group_width(linear: PrunableLinear, shape: ModelShape) -> int:
 
 
 def _kept_features(linear: PrunableLinear, structure: Structure, shape: ModelShape) -> NDArray[np.int64] | None:
-    is_head = linear.role in (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
+    is_head = linear.role in HEAD_ROLES
     mask = (structure.head_mask if is_head else structure.channel_mask)[linear.layer]
     if mask.all():
         return None
@@ -129,13 +136,13 @@ def _kept_features(linear: PrunableLinear, structure: Structure, shape: ModelSha
 
 def kept_rows(linear: PrunableLinear, structure: Structure, shape: ModelShape) -> NDArray[np.int64] | None:
     """Indices of the output features that `structure` keeps; None when all stay."""
-    if linear.role in (Role.ATTENTION_OUT, Role.DOWN):
+    if linear.role in COLUMN_PRUNED:
         return None
     return _kept_features(linear, structure, shape)
 
 
 def kept_columns(linear: PrunableLinear, structure: Structure, shape: ModelShape) -> NDArray[np.int64] | None:
     """Indices of the input features that `structure` keeps; None when all stay."""
-    if linear.role not in (Role.ATTENTION_OUT, Role.DOWN):
+    if linear.role not in COLUMN_PRUNED:
         return None
     return _kept_features(linear, structure, shape)

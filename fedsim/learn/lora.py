@@ -20,7 +20,7 @@ from torch import nn
 from fedsim.learn.adapter import Adapter, Factors
 from fedsim.learn.backbone import Backbone
 from fedsim.learn.importance import watchable
-from fedsim.learn.linears import Role, Targets, kept_columns, kept_rows, prunable_linears, target_linears
+from fedsim.learn.linears import COLUMN_PRUNED, Targets, kept_columns, kept_rows, prunable_linears, target_linears
 from fedsim.learn.slicing import apply_structure, check_structure, take
 from fedsim.structure import Structure
 
@@ -138,7 +138,7 @@ class LoraModel:
         handles = [
             self.backbone.encoder.get_submodule(linear.name).register_forward_pre_hook(keep(linear.name))
             for linear in prunable_linears(self.backbone.shape)
-            if linear.role in (Role.ATTENTION_OUT, Role.DOWN)
+            if linear.role in COLUMN_PRUNED
         ]
         try:
             yield

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import COLUMN_PRUNED, Coverage, concatenate, coverage_of, sides
-from fedsim.learn.linears import PrunableLinear, prunable_linears
+from fedsim.learn.coverage import Coverage, concatenate, coverage_of, sides
+from fedsim.learn.linears import COLUMN_PRUNED, PrunableLinear, prunable_linears
 from fedsim.learn.merging import Contribution, client_weights, covered, factors_of, mean_head
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape

@@ -18,7 +18,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import COLUMN_PRUNED, concatenate, sides
+from fedsim.learn.coverage import concatenate, sides
+from fedsim.learn.linears import COLUMN_PRUNED
 from fedsim.learn.merging import Contribution, client_weights, covered, factors_of, mean_head
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape

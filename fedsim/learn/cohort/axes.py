@@ -14,11 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.learn.linears import PrunableLinear, Role, group_width
+from fedsim.learn.linears import HEAD_ROLES, PrunableLinear, group_width
 from fedsim.structure import ModelShape, Structure
-
-COLUMN_PRUNED = (Role.ATTENTION_OUT, Role.DOWN)
-HEAD_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,9 +15,9 @@ import torch
 
 from fedsim.learn.adapter import Adapter, extra_rows
 from fedsim.learn.backbone import Backbone
-from fedsim.learn.cohort.axes import COLUMN_PRUNED, HEAD_ROLES, Widths
+from fedsim.learn.cohort.axes import Widths
 from fedsim.learn.cohort.kernels import Frozen, StackedFactors
-from fedsim.learn.linears import PrunableLinear, group_width, prunable_linears
+from fedsim.learn.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
 from fedsim.learn.slicing import check_structure, with_merged
 from fedsim.structure import Structure
 
@@ -118,8 +118,7 @@ class CohortStack:
             a, b = self.factors[linear.name]
             masks = self._group_masks(linear)
             if not self.base.sliced and not masks.all():
-                features = np.repeat(masks, group_width(linear, self.base.backbone.shape), axis=1)
-                kept = torch.from_numpy(features).to(a).unsqueeze(1)
+                kept = torch.from_numpy(self._feature_masks(linear)).to(a).unsqueeze(1)
                 a, b = (a * kept, b) if linear.role in COLUMN_PRUNED else (a, b * kept)
             pairs.append((a, b))
         return pairs
@@ -185,9 +184,12 @@ class CohortStack:
         layer: np.ndarray = masks[:, linear.layer]
         return layer
 
+    def _feature_masks(self, linear: PrunableLinear) -> np.ndarray:
+        return np.repeat(self._group_masks(linear), group_width(linear, self.base.backbone.shape), axis=1)
+
     def _places(self, linear: PrunableLinear) -> tuple[torch.Tensor, ...]:
         """Per client the features that it keeps of a Linear."""
-        features = np.repeat(self._group_masks(linear), group_width(linear, self.base.backbone.shape), axis=1)
+        features = self._feature_masks(linear)
         _, places = np.nonzero(features)
         return torch.from_numpy(places).to(self.base.backbone.device).split(features.sum(axis=1).tolist())
 
@@ -234,8 +236,7 @@ class CohortStack:
             if not self.base.sliced and linear.role in COLUMN_PRUNED:
                 masks = self._group_masks(linear)
                 if not masks.all():
-                    features = np.repeat(masks, group_width(linear, self.base.backbone.shape), axis=1)
-                    kept = torch.from_numpy(features).to(self.base.backbone.device, self.base.dtype)
+                    kept = torch.from_numpy(self._feature_masks(linear)).to(self.base.backbone.device, self.base.dtype)
                     self._masks[linear.name] = kept.unsqueeze(1)
 
 
