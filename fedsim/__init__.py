@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from fedsim.experiment.export import export_run
     from fedsim.experiment.results import Run, load
     from fedsim.experiment.run import run
-    from fedsim.experiment.sweep import Sweep, load_sweep, sweep
     from fedsim.learn.export import load_exported
     from fedsim.methods.base import Method
     from fedsim.methods.catalogue import register_method
+    from fedsim.sweeps.sweep import Sweep, load_sweep, sweep
 
 __all__ = [
     "Method",
@@ -35,9 +35,9 @@ _HOMES = {
     "run": "fedsim.experiment.run",
     "load": "fedsim.experiment.results",
     "Run": "fedsim.experiment.results",
-    "sweep": "fedsim.experiment.sweep",
-    "load_sweep": "fedsim.experiment.sweep",
-    "Sweep": "fedsim.experiment.sweep",
+    "sweep": "fedsim.sweeps.sweep",
+    "load_sweep": "fedsim.sweeps.sweep",
+    "Sweep": "fedsim.sweeps.sweep",
     "export_run": "fedsim.experiment.export",
     "load_exported": "fedsim.learn.export",
     "Method": "fedsim.methods.base",

@@ -238,8 +238,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _sweep(arguments: argparse.Namespace) -> int:
     from fedsim.experiment.config import parse_overrides
-    from fedsim.experiment.sweep import sweep
-    from fedsim.experiment.sweep_grid import parse_grid
+    from fedsim.sweeps.grid import parse_grid
+    from fedsim.sweeps.sweep import sweep
 
     try:
         result = sweep(
@@ -265,7 +265,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> None:
     from fedsim.experiment.compare import compare
     from fedsim.experiment.results import find_runs
-    from fedsim.experiment.sweep_notes import sweep_notes
+    from fedsim.sweeps.notes import sweep_notes
 
     runs = find_runs(arguments.directories)
     comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))

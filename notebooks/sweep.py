@@ -22,13 +22,13 @@ from fedsim import load_sweep
 from fedsim.experiment.belonging import Group, group_runs
 from fedsim.experiment.compare import compare
 from fedsim.experiment.regret import regret
-from fedsim.experiment.sweep_notes import sweep_notes
 from fedsim.plots.figures import draw_accuracy, mark_of
 from fedsim.plots.frames import has_accuracy
 from fedsim.plots.regret import draw_cumulative_regret, summary
 from fedsim.plots.style import canvas, caption, columns_that_fit, legend_in, save, styles, wrapped
 from fedsim.plots.summary import draw_speedups
 from fedsim.plots.summary_frames import speedups
+from fedsim.sweeps.notes import sweep_notes
 
 # %% [markdown]
 # ## Parameters

@@ -29,6 +29,7 @@ LEVELS = {
     "methods": 4,
     "experiment": 5,
     "plots": 6,
+    "sweeps": 6,
     "report": 7,
     "bench": 6,
     "cli": 8,

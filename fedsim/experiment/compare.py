@@ -103,7 +103,7 @@ def compare(
         runs: unfinished ones are left out, with a warning.
         target_accuracy: in (0, 1]; default: the highest accuracy that every run reaches.
         baseline: a method or a row's label; default: fedlora, else fedspine_uniform, else the slowest in total.
-        notes: further warnings, such as `fedsim.experiment.sweep_notes.sweep_notes`.
+        notes: further warnings, such as `fedsim.sweeps.notes.sweep_notes`.
     Raises:
         RunError: the runs do not belong together (other data, fleet or clock), or none is finished.
         ConfigError: the target is no fraction, or no run has the baseline method.

@@ -12,12 +12,12 @@ from fedsim.experiment.compare import Comparison, compare
 from fedsim.experiment.results import Run, find_runs
 from fedsim.experiment.rundir import atomic_write_text, writing
 from fedsim.experiment.structures import final_state
-from fedsim.experiment.sweep_notes import sweep_notes
 from fedsim.plots import frames
 from fedsim.plots.figures import mark_of
 from fedsim.report import sections
 from fedsim.report.html import bullets, escaped, page, paragraph
 from fedsim.specs import State
+from fedsim.sweeps.notes import sweep_notes
 
 REPORT = "report.html"
 """Name of the page where none is given."""

@@ -16,7 +16,7 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.experiment.bootstrap import mean_interval, ratio_interval
 from fedsim.experiment.compare import compare, final_sparsity, idle_of_class, time_to_target
 from fedsim.experiment.results import Run, load
-from fedsim.experiment.sweep_notes import sweep_notes
+from fedsim.sweeps.notes import sweep_notes
 
 FINISHED = {
     "status": "finished",

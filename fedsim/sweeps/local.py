@@ -1,4 +1,4 @@
-"""Cells on this computer: several processes at a time, forked by a host (`fedsim.experiment.sweep_host`)."""
+"""Cells on this computer: several processes at a time, forked by a host (`fedsim.sweeps.host`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from multiprocessing.connection import Pipe
 from typing import Protocol
 
 from fedsim.errors import RunError
-from fedsim.experiment.sweep_host import READY
-from fedsim.experiment.sweep_jobs import Done, Job, Setup
+from fedsim.sweeps.host import READY
+from fedsim.sweeps.jobs import Done, Job, Setup
 
-_CODE = "import sys; sys.path[:] = {path!r}; from fedsim.experiment.sweep_host import main; main({descriptor})"
+_CODE = "import sys; sys.path[:] = {path!r}; from fedsim.sweeps.host import main; main({descriptor})"
 # torch takes its number from train.threads; these keep other libraries from starting a thread per core and cell.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PATIENCE_S = 5.0

@@ -14,11 +14,11 @@ import pytest
 import fedsim
 from fedsim.cli import main
 from fedsim.errors import RunError
-from fedsim.experiment import sweep_ray
-from fedsim.experiment.sweep_book import open_book, read_book
-from fedsim.experiment.sweep_grid import plan_sweep
-from fedsim.experiment.sweep_jobs import Job, Setup
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
+from fedsim.sweeps import ray_cluster
+from fedsim.sweeps.book import open_book, read_book
+from fedsim.sweeps.grid import plan_sweep
+from fedsim.sweeps.jobs import Job, Setup
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {
@@ -97,21 +97,21 @@ def test_a_node_that_does_not_see_the_folder_sends_the_run_back(tmp_path, monkey
     job = Job(0, cell.config.model_dump(mode="json"), str(path))
     setup = Setup(trains=False, imports=(), sys_path=tuple(sys.path))
     monkeypatch.chdir(tmp_path)
-    far = sweep_ray.CellActor(setup, str(tmp_path / "another"), book.identity, str(tmp_path))
-    near = sweep_ray.CellActor(setup, str(book.path), book.identity, str(tmp_path))
+    far = ray_cluster.CellActor(setup, str(tmp_path / "another"), book.identity, str(tmp_path))
+    near = ray_cluster.CellActor(setup, str(book.path), book.identity, str(tmp_path))
     try:
         done, packed = far.run(job, None)
         assert done.error is None
         assert packed is not None
         assert not path.exists()
-        sweep_ray.unpack(packed, path)
+        ray_cluster.unpack(packed, path)
         returned = fedsim.load(path)
         assert returned.finished
         assert len(returned.rounds) == 5
         # An unfinished run travels there with its checkpoint, and goes on: a finished one comes back as it was.
-        again, packed_again = far.run(job, sweep_ray.pack(path))
+        again, packed_again = far.run(job, ray_cluster.pack(path))
         assert again.error is None
-        sweep_ray.unpack(packed_again, tmp_path / "again")
+        ray_cluster.unpack(packed_again, tmp_path / "again")
         assert (tmp_path / "again" / "manifest.json").read_bytes() == (path / "manifest.json").read_bytes()
         seen, nothing = near.run(job, None)  # sees the folder: the finished run is kept, nothing travels
         assert seen.error is None
@@ -140,7 +140,7 @@ def test_an_address_that_does_not_answer_is_said_in_seconds(tmp_path):
 
 def test_what_answers_but_is_no_ray_is_given_up(tmp_path, monkeypatch):
     ray_or_skip()
-    monkeypatch.setattr(sweep_ray, "_PROBE_S", 1.0)
+    monkeypatch.setattr(ray_cluster, "_PROBE_S", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = f"127.0.0.1:{other.getsockname()[1]}"
         with pytest.raises(RunError, match="no Ray cluster that can be joined"):

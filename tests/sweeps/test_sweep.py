@@ -21,9 +21,9 @@ from fedsim.data.corpus import load_corpus
 from fedsim.data.partition import partition
 from fedsim.errors import ConfigError, RunError
 from fedsim.experiment.results import find_runs
-from fedsim.experiment.sweep_book import open_book, read_book
-from fedsim.experiment.sweep_grid import plan_sweep
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
+from fedsim.sweeps.book import open_book, read_book
+from fedsim.sweeps.grid import plan_sweep
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {
@@ -293,9 +293,9 @@ def test_a_book_that_was_removed_is_made_again_from_the_runs(whole, tmp_path):
 
 
 def test_a_full_disk_under_the_book_does_not_stop_the_cells(tmp_path, monkeypatch, capsys):
-    from fedsim.experiment import sweep_book
+    from fedsim.sweeps import book
 
-    real, calls = sweep_book.atomic_write_json, []
+    real, calls = book.atomic_write_json, []
 
     def full(path, value):
         calls.append(path)
@@ -303,7 +303,7 @@ def test_a_full_disk_under_the_book_does_not_stop_the_cells(tmp_path, monkeypatc
             raise RunError(f"cannot write '{path}': the disk is full")
         real(path, value)
 
-    monkeypatch.setattr(sweep_book, "atomic_write_json", full)
+    monkeypatch.setattr(book, "atomic_write_json", full)
     result = fedsim.sweep(SMALL, grid=METHODS, out=tmp_path / "out", workers=1)
     assert [cell["state"] for cell in result.cells] == ["finished"] * 2
     assert states(tmp_path / "out") == ["finished"] * 2

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.experiment.sweep import check_buildable
-from fedsim.experiment.sweep_grid import plan_sweep
 from fedsim.resources import resource_folder
+from fedsim.sweeps.grid import plan_sweep
+from fedsim.sweeps.sweep import check_buildable
 
 FOLDER = resource_folder("experiments")
 SWEEPS = sorted(

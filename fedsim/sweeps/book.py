@@ -26,8 +26,8 @@ from fedsim.experiment.rundir import (
     read_manifest,
     writing,
 )
-from fedsim.experiment.sweep_grid import SweepPlan
-from fedsim.experiment.sweep_jobs import Done
+from fedsim.sweeps.grid import SweepPlan
+from fedsim.sweeps.jobs import Done
 
 BOOK = SWEEP_BOOK
 PENDING, RUNNING, FINISHED, FAILED, INTERRUPTED = "pending", "running", "finished", "failed", "interrupted"

@@ -15,11 +15,11 @@ from typing import Any
 
 from fedsim.errors import ConfigError, FedsimError, RunError
 from fedsim.experiment.results import Run, load
-from fedsim.experiment.sweep_book import FAILED, FINISHED, SweepBook, anything_due, open_book, read_book
-from fedsim.experiment.sweep_grid import Grid, SweepPlan, plan_sweep, refuse
-from fedsim.experiment.sweep_host import import_user_modules
-from fedsim.experiment.sweep_jobs import Job, Setup
-from fedsim.experiment.sweep_local import LocalPool, Pool, usable_cores
+from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, open_book, read_book
+from fedsim.sweeps.grid import Grid, SweepPlan, plan_sweep, refuse
+from fedsim.sweeps.host import import_user_modules
+from fedsim.sweeps.jobs import Job, Setup
+from fedsim.sweeps.local import LocalPool, Pool, usable_cores
 
 _ROWS_SHOWN = 60
 
@@ -76,7 +76,7 @@ def sweep(
     """Run every cell of a sweep that is not finished yet.
 
     Args:
-        config, grid, seeds, overrides, tiny: see `fedsim.experiment.sweep_grid.plan_sweep`.
+        config, grid, seeds, overrides, tiny: see `fedsim.sweeps.grid.plan_sweep`.
         out: the sweep's folder, by default ``runs/<name>``; each cell's run directory lies in it.
         workers: cells at a time on this computer; default: its cores over the largest ``train.threads``.
         ray: address of a Ray cluster, or ``local`` for one of this computer's own; not with `workers`.
@@ -114,7 +114,7 @@ def sweep(
                 print(table_text(plan, book), flush=True)
             if book.due(rerun_failed):
                 if pool is None:
-                    from fedsim.experiment.sweep_ray import RayPool  # an optional package
+                    from fedsim.sweeps.ray_cluster import RayPool  # an optional package
 
                     pool = RayPool(setup, str(ray), book, threads)
                 _play(plan, book, pool, rerun_failed, quiet)

@@ -26,9 +26,9 @@ from urllib.parse import urlsplit
 
 from fedsim.errors import FedsimError, RunError
 from fedsim.experiment.rundir import LOCK, MANIFEST, TEMPORARY_SUFFIX, writing
-from fedsim.experiment.sweep_book import SweepBook, read_book
-from fedsim.experiment.sweep_jobs import Done, Job, Setup
-from fedsim.experiment.sweep_local import CellHost
+from fedsim.sweeps.book import SweepBook, read_book
+from fedsim.sweeps.jobs import Done, Job, Setup
+from fedsim.sweeps.local import CellHost
 
 LOCAL = "local"
 _KNOCK_S = 3.0

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from fedsim.errors import ConfigError
 from fedsim.experiment.config import build_config, config_hash
-from fedsim.experiment.sweep import check_buildable
-from fedsim.experiment.sweep_grid import parse_grid, parse_seeds, plan_sweep
 from fedsim.methods.catalogue import METHODS
+from fedsim.sweeps.grid import parse_grid, parse_seeds, plan_sweep
+from fedsim.sweeps.sweep import check_buildable
 
 BASE = {
     "model": {"lora_rank": 4, "lora_rank_max": 8},

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
 from fedsim.errors import ConfigError, FedsimError
-from fedsim.experiment.sweep_jobs import Done, Job, Setup, run_cell
+from fedsim.sweeps.jobs import Done, Job, Setup, run_cell
 
 READY = "ready"
 _FOR_RUNS = ("fedsim.experiment.run",)
