@@ -39,7 +39,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(late) < len(rest) or (late and not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        # The command's own usage, not that of all commands.
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if late:
         arguments.overrides += late
     return arguments
@@ -121,10 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="one self-contained page on finished runs",
-        description="Write one HTML page on all finished runs below DIR. It works offline and without scripts.",
+        description="Write one HTML page on all finished runs at or below DIR. It works offline and without scripts.",
     )
-    report.add_argument("directory", metavar="DIR", type=Path, help="a run, or a folder of runs")
-    report.add_argument("--out", metavar="FILE.html", type=Path, help="default: report.html in DIR")
+    report.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="runs, or folders of runs")
+    report.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="default: report.html in DIR, or here for several DIR"
+    )
     report.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
     report.add_argument("--baseline", metavar="METHOD", help="method that speedups are measured against")
     report.set_defaults(action=_report)
@@ -202,6 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="arithmetic (default: fp32)")
     estimate.add_argument("--json", action="store_true", help="machine-readable output")
     estimate.set_defaults(action=_estimate)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser
 
 
@@ -280,7 +285,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 def _report(arguments: argparse.Namespace) -> None:
     from fedsim.report.page import write_report
 
-    path = write_report(arguments.directory, arguments.out, arguments.target_accuracy, arguments.baseline)
+    path = write_report(arguments.directories, arguments.out, arguments.target_accuracy, arguments.baseline)
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +19,7 @@ from fedsim.plots import summary as summary_plots
 from fedsim.report import tables
 from fedsim.report.drawings import Sketchbook
 from fedsim.report.html import Section, bullets, csv_link, details, paragraph
-
-if TYPE_CHECKING:
-    from fedsim.report.page import Material
+from fedsim.report.material import Material
 
 PANELS = 12
 """Most methods drawn side by side, panel by panel; all are in the tables."""

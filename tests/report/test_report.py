@@ -22,6 +22,7 @@ from fedsim.cli import main
 from fedsim.errors import ConfigError, RunError
 from fedsim.experiment.results import find_runs, load
 from fedsim.experiment.structures import component_energy, final_state, kept_structures
+from fedsim.report import page as page_module
 from fedsim.report.html import Cell, csv_link, table
 from fedsim.report.page import report_html, write_report
 from fedsim.structure import Structure
@@ -219,6 +220,35 @@ def test_the_command_writes_into_the_folder(tmp_path, capsys):
     assert main(["report", str(tmp_path / "runs")]) == 0
     assert capsys.readouterr().out.startswith(str(tmp_path / "runs" / "report.html"))
     Checked((tmp_path / "runs" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_several_folders_make_one_page(folder, tmp_path, monkeypatch, capsys):
+    """As compare takes them; without a name the page lies here, since it belongs to none of them."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(folder / "fedlora-0"), str(folder / "fedspine-0")]) == 0
+    assert capsys.readouterr().out.startswith("report.html (")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "2 finished runs of 2 methods" in page
+    assert f"<title>fedsim: {folder / 'fedlora-0'}, {folder / 'fedspine-0'}</title>" in page
+
+
+def test_an_argument_error_shows_the_usage_of_its_command(capsys):
+    for arguments in (["report", "x", "--folder", "y"], ["report"], ["compare", "x", "--folder", "y"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith(f"usage: fedsim {arguments[0]} ")
+
+
+def test_no_two_modules_of_the_page_import_each_other():
+    """Not even for the type checker's sake."""
+    imports = {
+        path.stem: set(re.findall(r"from fedsim\.report\.(\w+) import", path.read_text(encoding="utf-8")))
+        for path in Path(page_module.__file__).parent.glob("*.py")
+    }
+    while leaves := {name for name, needed in imports.items() if not needed & set(imports)}:
+        imports = {name: needed for name, needed in imports.items() if name not in leaves}
+    assert imports == {}
 
 
 def test_a_sweep_of_eight_methods_is_quick_and_small(tmp_path):

@@ -1,0 +1,59 @@
+"""What a page is made from: the comparison, its groups, and what is left of their models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedsim.experiment.belonging import Group, finished_only, group_runs
+from fedsim.experiment.compare import Comparison
+from fedsim.experiment.results import Run
+from fedsim.experiment.structures import final_state
+from fedsim.plots import frames
+from fedsim.plots.figures import mark_of
+from fedsim.specs import State
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What the sections are made from.
+
+    Attributes:
+        groups: runs of one method and configuration each, in the comparison's order.
+        detailed: those of them that recorded their clients.
+        classes: device classes, slowest first; empty where no run recorded its clients.
+        states: the last checkpoint of each group's first run, by label.
+        mark: watermark of the figures; None for measured numbers.
+    """
+
+    comparison: Comparison
+    groups: Sequence[Group]
+    detailed: Sequence[Group]
+    classes: Sequence[str]
+    states: dict[str, State]
+    mark: str | None
+
+    @property
+    def runs(self) -> list[Run]:
+        """All finished runs, method by method."""
+        return [run for group in self.groups for run in group.runs.values()]
+
+
+def gather(runs: Sequence[Run], comparison: Comparison) -> Material:
+    """The material on the runs of a comparison."""
+    done, _ = finished_only(runs)
+    order = {label: place for place, label in enumerate(comparison.rows["method"])}
+    groups = sorted(group_runs(done)[0], key=lambda group: order[group.label])
+    detailed = [
+        group
+        for group in frames.with_client_rounds(groups)
+        if all(run.has("client_rounds") and len(run.client_rounds) for run in group.runs.values())
+    ]
+    classes = frames.class_order(frames.first_client_rounds(detailed)) if detailed else []
+    states = {group.label: final_state(first_run(group)) for group in groups}
+    return Material(comparison, groups, detailed, classes, states, mark_of(done))
+
+
+def first_run(group: Group) -> Run:
+    """The run of a group's first seed."""
+    return next(iter(group.runs.values()))
