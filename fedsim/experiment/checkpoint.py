@@ -112,6 +112,12 @@ def has_checkpoint(directory: Path) -> bool:
     return bool(_complete_names(directory))
 
 
+def saved_rounds(directory: Path) -> int | None:
+    """Rounds in the newest checkpoint; None where there is none."""
+    found = _complete_names(directory)
+    return found[-1][0] if found else None
+
+
 def load_checkpoint(directory: Path) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
     """The newest checkpoint: ``(next_round, state, meta)``.
 

@@ -10,12 +10,13 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from fedsim.control.policies import POLICY_DEFAULTS
 from fedsim.errors import ConfigError, nearest, unknown
@@ -25,6 +26,9 @@ from fedsim.resources import resource_folder
 from fedsim.settings import Config
 
 Tree = dict[str, Any]
+
+_ALSO = "\n  and "
+"""Between the sentences of a refusal with several reasons."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,9 +124,12 @@ def _merge(low: Tree, high: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first validation error as one sentence with field, value and what is allowed."""
-    first = error.errors()[0]
+def _sentences(error: ValidationError) -> str:
+    """Every key that is not allowed: a sentence with field, value and what is allowed."""
+    return _ALSO.join(dict.fromkeys(_sentence(one, error) for one in error.errors()))
+
+
+def _sentence(first: ErrorDetails, error: ValidationError) -> str:
     # Union members and the like add parts to the location that are no keys.
     parts = [str(part) for part in first["loc"]]
     model: Any = Config
@@ -173,7 +180,7 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     try:
         config = Config.model_validate(_merge(layered, user))
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from error
+        raise ConfigError(_sentences(error)) from error
     _check(config, method)
     return config
 
@@ -193,106 +200,118 @@ def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def _check(config: Config, method: Method) -> None:
-    """Checks across sections that need neither data nor model."""
+    """Raise `ConfigError` on keys that do not go together: all of them at once, a line each."""
+    faults = list(_faults(config, method))
+    if faults:
+        raise ConfigError(_ALSO.join(faults))
+
+
+def _faults(config: Config, method: Method) -> Iterator[str]:
+    """What is wrong across sections, as far as neither data nor model are needed to see it."""
     train, prune, model = config.train, config.prune, config.model
     iterative = method.prunes and method.iterative
     if config.local_recovery_steps >= train.local_steps and method.prunes:
-        raise ConfigError(
+        yield (
             f"train.recovery_steps: value {config.local_recovery_steps} is not allowed (they are taken from "
             f"train.local_steps = {train.local_steps}, so at most {train.local_steps - 1})"
         )
     before = train.local_steps - (config.local_recovery_steps if iterative else 0)
-    if method.prunes and prune.importance_every > before:
-        raise ConfigError(
+    if method.prunes and prune.importance_every > before > 0:
+        yield (
             f"prune.importance_every: value {prune.importance_every} is not allowed (at most the {before} local steps "
             "before pruning, or importance would never be estimated)"
         )
-    if iterative and config.prune_end_round <= config.prune_warmup_rounds:
-        raise ConfigError(
-            f"prune.end_round: value {config.prune_end_round} is not allowed (it must be after "
-            f"prune.warmup_rounds = {config.prune_warmup_rounds})"
+    if iterative and config.prune_warmup_rounds >= config.server.rounds:
+        yield (
+            f"prune.warmup_rounds: value {config.prune_warmup_rounds} is not allowed (less than server.rounds = "
+            f"{config.server.rounds}; null takes a quarter of them)"
         )
-    if iterative and config.prune_end_round > config.server.rounds:
-        raise ConfigError(
-            f"prune.end_round: value {config.prune_end_round} is not allowed (at most server.rounds = "
-            f"{config.server.rounds}, or the target is never reached)"
+    elif iterative and config.prune_end_round <= config.prune_warmup_rounds:
+        yield (
+            f"prune.end_round: value {config.prune_end_round} is not allowed (it must be after "
+            f"prune.warmup_rounds = {config.prune_warmup_rounds}; null takes three quarters of server.rounds)"
+        )
+    if iterative and prune.end_round is not None and prune.end_round > config.server.rounds:
+        yield (
+            f"prune.end_round: value {prune.end_round} is not allowed (at most server.rounds = {config.server.rounds}, "
+            "or the target is never reached; null takes three quarters of them)"
         )
     if iterative and prune.structure == "common" and config.prune_warmup_rounds < 1:
-        raise ConfigError(
+        yield (
             "prune.warmup_rounds: value 0 is not allowed with prune.structure common (at least 1: the averaged "
             "importance that draws the common mask comes from rounds before the first cut)"
         )
     if prune.recovery_rounds >= config.server.rounds:
-        raise ConfigError(
+        yield (
             f"prune.recovery_rounds: value {prune.recovery_rounds} is not allowed (they are taken from server.rounds = "
             f"{config.server.rounds}, so at most {config.server.rounds - 1})"
         )
     if method.prunes and prune.target_scope == "fleet_mean" and prune.max_ratio < prune.target:
-        raise ConfigError(
+        yield (
             f"prune.max_ratio: value {prune.max_ratio} is not allowed (with target_scope fleet_mean it is at least "
             f"prune.target = {prune.target})"
         )
     if model.lora_rank > model.lora_rank_max:
-        raise ConfigError(
+        yield (
             f"model.lora_rank: value {model.lora_rank} is not allowed (at most model.lora_rank_max = "
             f"{model.lora_rank_max})"
         )
     if model.lora_rank_max < 2:
-        raise ConfigError(
-            "model.lora_rank_max: value 1 is not allowed (at least 2: the ranks on offer are 2, 4, 8, ...)"
-        )
+        yield ("model.lora_rank_max: value 1 is not allowed (at least 2: the ranks on offer are 2, 4, 8, ...)")
     if method.prunes and model.lora_targets != "all" and prune.criterion == "lora_guided":
-        raise ConfigError(
+        yield (
             f"model.lora_targets: value {model.lora_targets!r} is not allowed with prune.criterion lora_guided (it "
             "must be 'all': importance is estimated from the LoRA gradients of every prunable Linear)"
         )
     if config.aggregate.rule == "average_factors" and config.control.policy != "uniform":
-        raise ConfigError(
+        yield (
             f"aggregate.rule: value 'average_factors' is not allowed with control.policy {config.control.policy!r} "
             "(it needs equal ranks: use policy uniform, or rule lowrank)"
         )
     if config.aggregate.rule == "average_factors" and train.rank_decay < 1.0:
-        raise ConfigError(
+        yield (
             f"train.rank_decay: value {train.rank_decay} is not allowed with aggregate.rule average_factors (clients "
             "that give up components have unequal ranks: use 1, or another rule)"
         )
     if config.train.engine in ("none", "surrogate") and method.prunes and prune.selection == "global":
-        raise ConfigError(
+        yield (
             f"prune.selection: value 'global' is not allowed with train.engine {config.train.engine} (which layers "
             "lose how much is known only from training; layer_local is allowed)"
         )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", train.torch_device):
+        yield f"train.torch_device: value {train.torch_device!r} is not allowed (auto, cpu, cuda or cuda:N)"
     if train.engine == "reference" and train.precision == "bf16":
-        raise ConfigError(
+        yield (
             "train.precision: value 'bf16' is not allowed with train.engine reference (the oracle stays in fp32; fp32 "
             "or auto)"
         )
     if train.engine == "surrogate" and train.surrogate is None:
-        raise ConfigError(
+        yield (
             "train.surrogate: value null is not allowed with train.engine surrogate (give the file that fedsim "
             "fit-surrogate wrote)"
         )
     if train.engine != "surrogate" and train.surrogate is not None:
-        raise ConfigError(
+        yield (
             f"train.surrogate: value {train.surrogate!r} is not allowed with train.engine {train.engine} (only with "
             "engine surrogate; null takes it away)"
         )
     if config.data.name is not None and config.data.path is not None:
-        raise ConfigError(
+        yield (
             f"data.path: value {config.data.path!r} is not allowed beside data.name = "
             f"{config.data.name!r} (give one of them; data.name=null takes a preset's away)"
         )
     if config.data.task == "causal_lm" and model.pooling != "native":
-        raise ConfigError(
+        yield (
             f"model.pooling: value {model.pooling!r} is not allowed with data.task causal_lm (native: every token "
             "predicts the next one, and nothing is pooled)"
         )
     if config.server.over_selection > 0 and config.server.clients_per_round == "all":
-        raise ConfigError(
+        yield (
             f"server.over_selection: value {config.server.over_selection:g} is not allowed with "
             "server.clients_per_round all (nobody is left to select; give a number of clients)"
         )
     if config.server.mode != "sync":
-        raise ConfigError(unknown("server.mode", config.server.mode, ["sync"]))
+        yield unknown("server.mode", config.server.mode, ["sync"])
 
 
 def config_hash(config: Config) -> str:

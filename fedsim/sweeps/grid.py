@@ -31,6 +31,9 @@ TINY = "tiny.yaml"
 SWEEP_KEYS = ("config", "grid", "cases", "seeds")
 LARGEST = 100_000
 _SHOWN = 10
+"""Reasons of a refusal that are shown."""
+_NAMED = 3
+"""Combinations named for each."""
 _HASH_DIGITS = 12
 
 Values = Mapping[str, Any]
@@ -57,6 +60,11 @@ class Cell:
     def label(self) -> str:
         """Such as ``method=fedspine, seed=0``."""
         return _label({**self.overrides, "seed": self.config.seed})
+
+    @property
+    def combination(self) -> str:
+        """The label without the seed; empty where nothing but the seed varies."""
+        return _label(self.overrides)
 
 
 @dataclass(frozen=True)
@@ -315,17 +323,26 @@ def _cells(
 
 
 def refuse(faults: Sequence[tuple[str, str]], combinations: int) -> None:
-    """Raise `ConfigError` on the combinations (label, reason) that are not allowed; nothing where there is none."""
+    """Raise `ConfigError` on the combinations (label, reason) that are not allowed; nothing where there is none.
+
+    A reason stands once, with the combinations that it concerns.
+    """
     if not faults:
         return
     if combinations == 1:
         raise ConfigError(faults[0][1])
-    lines = [f"  {label or 'every cell'}: {reason}" for label, reason in faults[:_SHOWN]]
-    if len(faults) > _SHOWN:
-        lines.append(f"  and {len(faults) - _SHOWN} more")
+    by_reason: dict[str, list[str]] = {}
+    for label, reason in faults:
+        by_reason.setdefault(reason, []).append(label or "every cell")
+    lines = []
+    for reason, labels in list(by_reason.items())[:_SHOWN]:
+        more = f"; and {len(labels) - _NAMED} more" if len(labels) > _NAMED else ""
+        lines.append(f"  {'; '.join(labels[:_NAMED])}{more}: {reason}")
+    if len(by_reason) > _SHOWN:
+        lines.append(f"  and {len(by_reason) - _SHOWN} more reasons")
+    count = len({label for label, _ in faults})
     raise ConfigError(
-        f"{len(faults)} of {combinations} combinations of the sweep are not allowed; nothing was run\n"
-        + "\n".join(lines)
+        f"{count} of {combinations} combinations of the sweep are not allowed; nothing was run\n" + "\n".join(lines)
     )
 
 

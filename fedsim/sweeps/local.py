@@ -29,8 +29,8 @@ class Pool(Protocol):
     def start(self, job: Job) -> None:
         """Begin a cell."""
 
-    def wait(self) -> list[Done]:
-        """Block until something changed; the cells that ended (perhaps none)."""
+    def wait(self, patience_s: float) -> list[Done]:
+        """Wait until something changed, or `patience_s` have passed; the cells that ended (perhaps none)."""
 
     def close(self) -> None:
         """Stop whatever still runs; a run stopped so goes on later from its last checkpoint."""
@@ -58,14 +58,16 @@ class CellHost:
         """
         self._connection.send(job)
 
-    def receive(self) -> Done | None:
-        """Block for the next message: a cell that ended, or None (the host is ready).
+    def receive(self, patience_s: float | None = None) -> Done | None:
+        """Wait for the next message: a cell that ended, or None (the host is ready, or `patience_s` have passed).
 
         Raises:
             RunError: a module of the user's cannot be imported.
             EOFError: the host is gone, and the cells with it.
         """
         try:
+            if not self._connection.poll(patience_s):
+                return None
             message = self._connection.recv()
         except OSError as error:
             raise EOFError from error
@@ -106,14 +108,14 @@ class LocalPool:
         with suppress(OSError):  # a host that is gone shows at the next wait
             self._host.start(job)
 
-    def wait(self) -> list[Done]:
-        """Block for the next cell that ends. Where the host died, its cells have failed and a new one takes over.
+    def wait(self, patience_s: float) -> list[Done]:
+        """Wait for the next cell that ends. Where the host died, its cells have failed and a new one takes over.
 
         Raises:
             RunError: a host cannot start at all.
         """
         try:
-            done = self._host.receive()
+            done = self._host.receive(patience_s)
         except EOFError:
             return self._lost()
         if done is None:

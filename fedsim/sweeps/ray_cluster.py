@@ -143,14 +143,14 @@ class RayPool:
         packed = pack(path) if (path / MANIFEST).exists() else None
         self._running[actor.run.remote(job, packed)] = job, actor
 
-    def wait(self) -> list[Done]:
-        """Block for a cell that ends or an actor that comes up; says so when the cluster has no room at all.
+    def wait(self, patience_s: float) -> list[Done]:
+        """Wait for a cell that ends or an actor that comes up; says so when the cluster has no room at all.
 
         Raises:
             RunError: the nodes have another version of fedsim, or none, or the cluster is gone.
         """
         pending = [*self._running, *self._coming]
-        ready, _ = self._ray.wait(pending, num_returns=1, timeout=_PATIENCE_S)
+        ready, _ = self._ray.wait(pending, num_returns=1, timeout=min(patience_s, _PATIENCE_S))
         if not ready and not self._running and not self._free:
             print("fedsim: waiting for a free core on the Ray cluster", file=sys.stderr, flush=True)
         return [done for one in ready if (done := self._reported(one)) is not None]

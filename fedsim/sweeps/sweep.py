@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedsim.errors import ConfigError, FedsimError, RunError
+from fedsim.errors import ConfigError, RunError
 from fedsim.experiment.results import Run, load
 from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, open_book, read_book
-from fedsim.sweeps.grid import Grid, SweepPlan, plan_sweep, refuse
+from fedsim.sweeps.checks import check_cells
+from fedsim.sweeps.grid import Grid, SweepPlan, plan_sweep
 from fedsim.sweeps.host import import_user_modules
 from fedsim.sweeps.jobs import Job, Setup
 from fedsim.sweeps.local import LocalPool, Pool, usable_cores
+from fedsim.sweeps.news import SweepNews
 
 _ROWS_SHOWN = 60
 
@@ -107,7 +109,7 @@ def sweep(
             at_once = min(workers or max(1, usable_cores() // threads), len(plan.cells))
             pool = LocalPool(setup, at_once)
         if due:
-            check_buildable(plan)
+            check_cells(plan, here=ray is None)
         book = open_book(path, plan)
         try:
             if not quiet:
@@ -148,28 +150,6 @@ def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
     return runs
 
 
-def check_buildable(plan: SweepPlan) -> None:
-    """Refuse combinations that ask for a fleet, policy, rule, rank or ratio that there is none of.
-
-    Every part but data and learner is built once per combination; what these two refuse shows in the cells.
-
-    Raises:
-        ConfigError: with the reason for each combination.
-    """
-    from fedsim.experiment.build import build  # heavy enough to come after the cheap checks
-
-    faults, combinations = [], plan.combinations()
-    for cell in combinations:
-        config = cell.config
-        if config.train.engine not in ("none", "surrogate"):
-            config = config.model_copy(update={"train": config.train.model_copy(update={"engine": "none"})})
-        try:
-            build(config, lambda line: None)
-        except FedsimError as error:
-            faults.append((cell.label, str(error)))
-    refuse(faults, len(combinations))
-
-
 def table_text(plan: SweepPlan, book: SweepBook) -> str:
     """The cells before they run: index, what tells them apart, seed, directory and state."""
     heads = ["cell", *plan.keys, "seed", "directory", "state"]
@@ -197,27 +177,27 @@ def _shown(value: object) -> str:
 
 
 def _play(plan: SweepPlan, book: SweepBook, pool: Pool, rerun_failed: bool, quiet: bool) -> None:
-    """Run what is due; the book follows."""
-    waiting = book.due(rerun_failed)
-    total, ended, running = len(waiting), 0, 0
+    """Run what is due; the book follows.
+
+    Seed by seed, not method by method: a sweep that is stopped holds whole comparisons of its first seeds.
+    """
+    seeds = {seed: place for place, seed in enumerate(dict.fromkeys(cell.config.seed for cell in plan.cells))}
+    waiting = sorted(book.due(rerun_failed), key=lambda index: (seeds[plan.cells[index].config.seed], index))
+    news = SweepNews(plan, book.path, len(waiting), quiet)
     waiting.reverse()
     try:
-        while waiting or running:
+        while waiting or news.running:
             while waiting and pool.idle > 0:
                 index = waiting.pop()
                 book.begin(index)
                 cell = plan.cells[index]
                 path = (book.path / cell.directory).resolve()
                 pool.start(Job(index, cell.config.model_dump(mode="json"), str(path)))
-                running += 1
-            for done in pool.wait():
+                news.began(index)
+            for done in pool.wait(news.patience_s):
                 book.end(done)
-                running -= 1
-                ended += 1
-                if not quiet:
-                    how = f"failed: {done.error}" if done.error else str(done.summary)
-                    place = f"[{ended}/{total}] cell {done.index} ({plan.cells[done.index].label})"
-                    print(f"{place}, {done.host_s:.1f} host s: {how}", file=sys.stderr, flush=True)
+                news.ended(done)
+            news.still_running()
     except BaseException:
         book.interrupt()
         raise

@@ -124,6 +124,7 @@ REFUSED = [
     ({"reward": {"weights": [1, 2]}}, r"reward.weights"),
     ({"seed": 2**64}, r"seed: value 18446744073709551616 is not allowed .*less than"),
     ({"train": {"threads": 100_000}}, r"train.threads: value 100000 is not allowed .*1024"),
+    ({"train": {"torch_device": "gpu"}}, r"train.torch_device: value 'gpu' is not allowed \(auto, cpu, cuda or cuda:N"),
 ]
 
 
@@ -134,6 +135,20 @@ def test_refusals_are_one_sentence_naming_field_value_and_what_is_allowed(tree, 
     message = str(caught.value)
     assert re.search(pattern, message), message
     assert "\n" not in message
+
+
+def test_all_that_is_wrong_is_said_at_once_and_how_to_mend_it():
+    tree = {"server": {"rounds": 4}, "prune": {"warmup_rounds": 6, "end_round": 24}, "train": {"torch_device": "gpu"}}
+    with pytest.raises(ConfigError) as caught:
+        build_config(tree)
+    first, second, third = str(caught.value).splitlines()
+    assert "prune.warmup_rounds: value 6 is not allowed (less than server.rounds = 4; null takes" in first
+    assert "and prune.end_round: value 24" in second
+    assert "train.torch_device" in third
+    mended = build_config({**tree, "prune": {"warmup_rounds": None, "end_round": None}, "train": {}})
+    assert (mended.prune_warmup_rounds, mended.prune_end_round) == (1, 3)
+    with pytest.raises(ConfigError, match=r"server.rounds: value 'six'.*\n.*train.local_steps: value 'no'"):
+        build_config({"server": {"rounds": "six"}, "train": {"local_steps": "no"}})
 
 
 def test_unreadable_files_are_refused(tmp_path):

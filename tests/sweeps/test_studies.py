@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedsim.resources import resource_folder
+from fedsim.sweeps.checks import check_cells
 from fedsim.sweeps.grid import plan_sweep
-from fedsim.sweeps.sweep import check_buildable
 
 FOLDER = resource_folder("experiments")
 SWEEPS = sorted(
@@ -26,7 +26,7 @@ def test_a_study_plans_at_both_scales_and_can_be_built_at_the_tiny_one(path: Pat
     assert {cell.config.seed for cell in tiny.cells} == {0}
     # A tiny run is small whatever its study is.
     assert all((cell.config.fleet.clients or 80) <= 80 and cell.config.server.rounds <= 30 for cell in tiny.cells)
-    check_buildable(tiny)
+    check_cells(tiny, here=True)
 
 
 def test_every_study_is_listed_and_has_a_line_on_what_it_asks():

@@ -238,6 +238,18 @@ def test_a_cell_that_fails_takes_nothing_else_along(tmp_path, monkeypatch, capsy
         pd.testing.assert_frame_equal(runs[name].rounds.drop(columns="host_s"), reference, check_exact=True)
 
 
+def test_cells_run_seed_by_seed_so_that_a_stopped_sweep_holds_whole_comparisons(tmp_path, capsys):
+    swept = fedsim.sweep(SMALL, grid=METHODS, seeds="3,1", out=tmp_path / "out", workers=1)
+    assert [cell["seed"] for cell in swept.cells] == [3, 1, 3, 1]
+    ended = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert [line.split("(")[1].split(")")[0] for line in ended] == [
+        "method=fedspine, seed=3",
+        "method=fedlora, seed=3",
+        "method=fedspine, seed=1",
+        "method=fedlora, seed=1",
+    ]
+
+
 def start_sweep(config, out, **environment):
     command = [sys.executable, "-m", "fedsim.cli", "sweep", str(config), "--out", str(out), "--workers", "2"]
     command += ["--grid", "method=fedlora,made_to_dawdle", "--seeds", "0-1", "--import", PLUGIN]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from fedsim.errors import ConfigError
 from fedsim.experiment.config import build_config, config_hash
 from fedsim.methods.catalogue import METHODS
+from fedsim.sweeps.checks import check_cells
 from fedsim.sweeps.grid import parse_grid, parse_seeds, plan_sweep
-from fedsim.sweeps.sweep import check_buildable
 
 BASE = {
     "model": {"lora_rank": 4, "lora_rank_max": 8},
@@ -181,7 +181,7 @@ def test_what_only_the_parts_can_refuse_is_refused_before_anything_runs():
         BASE, grid={"control.policy": ["sucb", "ucb"], "fleet.name": ["fedspine-80", "fedspine-81"]}, seeds="0-9"
     )
     with pytest.raises(ConfigError) as caught:
-        check_buildable(plan)
+        check_cells(plan, here=True)
     lines = str(caught.value).splitlines()
     assert lines[0].startswith("3 of 4 combinations")
     assert "fedspine-81" in lines[1]
@@ -191,7 +191,7 @@ def test_what_only_the_parts_can_refuse_is_refused_before_anything_runs():
 def test_the_check_lets_every_method_pass_whatever_trains_it():
     """It builds timing-only twins of cells that train: no method may be refused for that."""
     tree = {**BASE, "train": {"local_steps": 8}, "cost": {"model": "roberta-base"}}
-    check_buildable(plan_sweep(tree, grid={"method": sorted(METHODS)}, seeds=[0]))
+    check_cells(plan_sweep(tree, grid={"method": sorted(METHODS)}, seeds=[0]), here=True)
 
 
 @pytest.fixture
