@@ -11,9 +11,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsim.errors import FedsimError
+
+if TYPE_CHECKING:
+    from fedsim.experiment.comparison import Comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -269,17 +272,41 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from fedsim.experiment.compare import compare
+    from fedsim.experiment.comparison_text import comparison_text
     from fedsim.experiment.results import find_runs
     from fedsim.sweeps.notes import sweep_notes
 
     runs = find_runs(arguments.directories)
     comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))
-    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
+    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison_text(comparison))
     if arguments.out is not None:
         from fedsim.plots import write_figures
 
         paths = write_figures(runs, arguments.out, arguments.round)
+        paths += _write_speedups(comparison, arguments.out)
         print(f"{len(paths)} files written to {arguments.out}", file=sys.stderr)
+
+
+def _write_speedups(comparison: Comparison, out: Path) -> list[Path]:
+    """The speedups as PNG, PDF and CSV beside the other figures; nothing where there is only the baseline."""
+    if len(comparison.rows) < 2:
+        return []
+    from fedsim.plots.figures import SURROGATE
+    from fedsim.plots.style import save
+    from fedsim.plots.summary import draw_speedups
+    from fedsim.plots.summary_frames import speedups
+
+    target, written = comparison.target_accuracy, list[Path]()
+    of = "total simulated time" if target is None else f"time to accuracy {target:.4g}"
+    draw_speedups(
+        speedups(comparison),
+        of + (" (provisional)" if comparison.target_is_provisional else ""),
+        comparison.baseline,
+        comparison.clock,
+        SURROGATE if comparison.is_surrogate else None,
+        lambda figure, frame, name, mark: written.extend(save(figure, frame, out, name, mark)),
+    )
+    return written
 
 
 def _report(arguments: argparse.Namespace) -> None:

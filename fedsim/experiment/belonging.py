@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from fedsim.errors import RunError
-from fedsim.experiment.results import Run
+from fedsim.experiment.results import Run, is_sweep_folder
 from fedsim.settings import Config
 
 RECONSTRUCTION = "reconstruction"
@@ -24,6 +25,9 @@ _WITHOUT_EFFECT = ("seed", "records.", "server.checkpoint_every", "train.threads
 
 _SHARED_SECTIONS = ("model.", "data.", "fleet.", "server.", "train.", "evaluate.")
 """Sections that methods are expected to share; the others belong to a method."""
+
+_CHOSEN_BY_AUTO = ("train.engine", "train.precision")
+"""Keys of which ``auto`` comes to one of the other values; the manifest says to which, by the key's last name."""
 
 _KEYS_IN_FULL = 3
 """So many differing keys are named in every label."""
@@ -75,6 +79,12 @@ def finished_only(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     done = [run for run in runs if run.finished]
     open_ones = [f"'{run.path}'" for run in runs if not run.finished]
     if not done:
+        folders = {Path(run.path).parent for run in runs}
+        if all(is_sweep_folder(folder) for folder in folders):
+            which = " and ".join(f"'{folder}'" for folder in sorted(folders))
+            raise RunError(
+                f"nothing to compare: sweep {which} has no finished cell (the same fedsim sweep command goes on)"
+            )
         which = f"{open_ones[0]} is" if len(open_ones) == 1 else f"all {len(open_ones)} are"
         raise RunError(f"nothing to compare: {which} unfinished (go on with fedsim run --resume)")
     return done, [f"{path} is unfinished and is left out" for path in open_ones]
@@ -87,7 +97,8 @@ def check_together(runs: Sequence[Run]) -> list[str]:
     choice of samples), runs of different seeds need only come from the same source.
 
     Raises:
-        RunError: no run, runs of different data, fleets or clocks, or surrogate runs beside others.
+        RunError: no run, runs of different data, fleets or clocks, or runs that trained beside surrogate or
+            timing-only ones.
     """
     if not runs:
         raise RunError("nothing to compare: no run given")
@@ -98,6 +109,12 @@ def check_together(runs: Sequence[Run]) -> list[str]:
                 f"run '{fitted.path}' is a surrogate run and '{other.path}' is not: fitted accuracies do not belong in "
                 "one comparison with measured ones; compare them separately"
             )
+        if run.is_timing_only != runs[0].is_timing_only:
+            timed, trained = (run, runs[0]) if run.is_timing_only else (runs[0], run)
+            raise RunError(
+                f"run '{trained.path}' was trained and '{timed.path}' is timing only (train.engine: none): it has no "
+                "accuracy to compare; compare them separately"
+            )
     for what, of in (("data", _data), ("fleet", _fleet), ("clock (cost model)", _clock)):
         _refuse_different(runs, what, of)
     _refuse_different_splits(runs)
@@ -106,6 +123,7 @@ def check_together(runs: Sequence[Run]) -> list[str]:
         warnings.append("the runs start from different model weights")
     if len({str((run.manifest.get("versions") or {}).get("fedsim")) for run in runs}) > 1:
         warnings.append("the runs were made by different versions of fedsim")
+    warnings += _auto_differed(runs)
     return warnings
 
 
@@ -122,7 +140,7 @@ def _told_apart(rivals: Sequence[dict[str, str]]) -> list[str]:
 
 
 def _settings_text(settings: Mapping[str, str], keys: Sequence[str]) -> str:
-    return ", ".join(f"{key}={settings.get(key)}" for key in keys)
+    return ", ".join(f"{key}={settings.get(key, 'not set')}" for key in keys)
 
 
 def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
@@ -131,7 +149,7 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
     Where a method comes in several configurations, the label of each names the keys in which they differ; where these
     are more than `_KEYS_IN_FULL`, only those in which it differs from most of its like.
     """
-    flat = [_flat(_with_defaults(run.config)) for run in runs]
+    flat = _settings_of(runs)
     kinds: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     for index, run in enumerate(runs):
         kinds.setdefault((run.method, tuple(sorted(flat[index].items()))), []).append(index)
@@ -219,7 +237,58 @@ def _clock(run: Run) -> dict[str, Any]:
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
-    return ", ".join(f"{key}: {first.get(key)} and {second.get(key)}" for key in keys)
+    return ", ".join(f"{key}: {_value_text(first.get(key))} and {_value_text(second.get(key))}" for key in keys)
+
+
+def _settings_of(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Each run's settings as `_flat` gives them; of what was asked in several words, what ran.
+
+    Where one run asked ``train.engine: auto`` and another named an engine, the manifests say whether both trained with
+    the same one. Where all asked for the same, they stay repeats, whatever `auto` came to on each host.
+    """
+    flat = [_flat(_with_defaults(run.config)) for run in runs]
+    for key in _CHOSEN_BY_AUTO:
+        if len({settings.get(key) for settings in flat}) > 1:
+            for run, settings in zip(runs, flat, strict=True):
+                ran = _ran(run, key)
+                if ran is not None and key in settings:
+                    settings[key] = ran
+    for run, settings in zip(runs, flat, strict=True):
+        clients = (run.manifest.get("fleet") or {}).get("clients")
+        if clients is not None and "fleet.clients" in settings:
+            settings["fleet.clients"] = str(clients)  # null is the fleet file's own number
+    return flat
+
+
+def _ran(run: Run, key: str) -> str | None:
+    """What a run that trained came to; None where the manifest does not say."""
+    value = run.manifest.get(key.removeprefix("train."))
+    return None if value is None else str(value)
+
+
+def _auto_differed(runs: Sequence[Run]) -> list[str]:
+    """A warning for each setting of which all asked for the same and which came to something else on some hosts."""
+    warnings = []
+    for key in _CHOSEN_BY_AUTO:
+        section, name = key.split(".")
+        asked = {str((run.config.get(section) or {}).get(name)) for run in runs}
+        ran = sorted({value for run in runs if (value := _ran(run, key)) is not None})
+        if len(asked) == 1 and len(ran) > 1:
+            warnings.append(f"{key}: {asked.pop()} came to {' in some runs and '.join(ran)} in others")
+    return warnings
+
+
+def _value_text(value: Any) -> str:
+    """A value as the user writes it in YAML: ``null``, ``true``, ``[1.0, 0.5]``."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_value_text(one)}' for key, one in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_value_text, value))}]"
+    return str(value)
 
 
 def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -240,5 +309,5 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{name}.")
         else:
-            flat[name] = str(value)
+            flat[name] = _value_text(value)
     return flat

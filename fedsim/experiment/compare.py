@@ -2,8 +2,9 @@
 
 Seeds of one method and configuration form one row. Choices [ours], where the literature does not say how:
 
-* *Time to target* is `end_s` of the first evaluated round whose accuracy is at or above the target. Without a given
-  target it is the highest accuracy that every finished run reaches.
+* *Time to target* is `end_s` of the first evaluated round whose accuracy is at or above the target: the crossing lies
+  somewhere in the `time_known_to_s` before, since the last evaluation below it. Without a given target it is the
+  highest accuracy that every finished run reaches, and provisional while runs are missing or unfinished.
 * *Speedup* is the baseline's time over the method's, paired by seed, averaged geometrically; the interval resamples
   the seeds (`fedsim.experiment.bootstrap`) and is given from three pairs on. A pair in which either run missed the
   target has no ratio: such pairs are counted and said, never filled in. What is left is then the mean of the pairs that
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,65 +30,16 @@ import pandas as pd
 from fedsim.errors import ConfigError, unknown
 from fedsim.experiment.belonging import Group, Repeat, check_together, clock_text, finished_only, group_runs, labels
 from fedsim.experiment.bootstrap import mean_interval, ratio_interval
-from fedsim.experiment.comparison_text import comparison_text
+from fedsim.experiment.comparison import Comparison
 from fedsim.experiment.results import Run
+
+__all__ = ["Comparison", "compare", "final_sparsity", "idle_of_class", "time_to_target"]
 
 PREFERRED_BASELINES = ("fedlora", "fedspine_uniform")
 UNPRUNED = 0.005
 """Below this fleet-mean sparsity a method is a reference, not a rival."""
 SAME_SPARSITY = 0.02
 """Methods whose sparsities follow each other within this distance form one group."""
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """A finished comparison.
-
-    Attributes:
-        rows: one row per method (and configuration), ordered by sparsity group, then by time to target.
-        runs: one row per run: the numbers that `rows` averages.
-        target_accuracy: None where nothing was evaluated.
-        target_is_default: whether the target was derived from the runs.
-        baseline: label of the row that speedups are measured against.
-        speedup_of: ``time_to_target_s``, or ``simulated_s`` where nothing was evaluated (timing only).
-        fastest_class: device class of `idle_fastest_fraction`; None where no run has client records.
-        clock: the sentence on the clock's workload that belongs under every table.
-        labels: how far the numbers may be trusted.
-        warnings: what makes the runs unequal.
-        is_surrogate: whether accuracies come from a fitted model instead of training.
-    """
-
-    rows: pd.DataFrame
-    runs: pd.DataFrame
-    target_accuracy: float | None
-    target_is_default: bool
-    baseline: str
-    speedup_of: str
-    fastest_class: str | None
-    clock: str
-    labels: tuple[str, ...]
-    warnings: tuple[str, ...]
-    is_surrogate: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values only; a missing number is null."""
-        return {
-            "target_accuracy": self.target_accuracy,
-            "target_is_default": self.target_is_default,
-            "baseline": self.baseline,
-            "speedup_of": self.speedup_of,
-            "fastest_class": self.fastest_class,
-            "clock": self.clock,
-            "labels": list(self.labels),
-            "surrogate": self.is_surrogate,
-            "warnings": list(self.warnings),
-            "rows": _records(self.rows),
-            "runs": _records(self.runs),
-        }
-
-    def as_text(self) -> str:
-        """Plain aligned table with units, notes below."""
-        return comparison_text(self)
 
 
 def compare(
@@ -103,7 +54,7 @@ def compare(
         runs: unfinished ones are left out, with a warning.
         target_accuracy: in (0, 1]; default: the highest accuracy that every run reaches.
         baseline: a method or a row's label; default: fedlora, else fedspine_uniform, else the slowest in total.
-        notes: further warnings, such as `fedsim.sweeps.notes.sweep_notes`.
+        notes: what is known of runs that are missing, such as `fedsim.sweeps.notes.sweep_notes`; become warnings.
     Raises:
         RunError: the runs do not belong together (other data, fleet or clock), or none is finished.
         ConfigError: the target is no fraction, or no run has the baseline method.
@@ -144,6 +95,7 @@ def compare(
         labels=labels(done),
         warnings=(*notes, *warnings, *more),
         is_surrogate=done[0].is_surrogate,
+        target_is_provisional=target is not None and target_accuracy is None and (bool(notes) or len(done) < len(runs)),
     )
 
 
@@ -151,6 +103,28 @@ def time_to_target(rounds: pd.DataFrame, target: float) -> float:
     """`end_s` of the first evaluated round at or above the target accuracy; NaN when none is."""
     reached = rounds.loc[rounds["accuracy"] >= target, "end_s"]
     return float(reached.iloc[0]) if len(reached) else math.nan
+
+
+def time_known_to(rounds: pd.DataFrame, target: float) -> float:
+    """Simulated seconds from the evaluation before the first at or above the target to that one: the crossing's place.
+
+    From the start where there is none before; NaN where the target is not reached.
+    """
+    tested = rounds[rounds["accuracy"].notna()]
+    since = tested["end_s"].diff().fillna(tested["end_s"])
+    reached = since[tested["accuracy"] >= target]
+    return float(reached.iloc[0]) if len(reached) else math.nan
+
+
+def evaluated_every(rounds: pd.DataFrame) -> tuple[float, float]:
+    """How often a run was tested: rounds (the longest gap; the last may be shorter), and mean simulated seconds.
+
+    The time before the first evaluation counts as a gap. NaN where nothing was evaluated.
+    """
+    tested = rounds[rounds["accuracy"].notna()]
+    if not len(tested):
+        return math.nan, math.nan
+    return float(np.diff(tested["round"], prepend=-1).max()), float(tested["end_s"].iloc[-1]) / len(tested)
 
 
 def final_sparsity(run: Run) -> tuple[float, float, float]:
@@ -181,10 +155,14 @@ def _facts(run: Run, target: float | None, fastest: str | None) -> dict[str, Any
     tested = rounds["accuracy"].dropna()
     consensus = rounds["accuracy_consensus"].dropna()
     mean, low, high = final_sparsity(run)
+    every_rounds, every_s = evaluated_every(rounds)
     with_clients = fastest is not None and run.has("client_rounds")
     return {
         "rounds": len(rounds),
         "time_to_target_s": math.nan if target is None else time_to_target(rounds, target),
+        "time_known_to_s": math.nan if target is None else time_known_to(rounds, target),
+        "evaluated_every_rounds": every_rounds,
+        "evaluated_every_s": every_s,
         "accuracy_final": float(tested.iloc[-1]) if len(tested) else math.nan,
         "accuracy_best": float(tested.max()) if len(tested) else math.nan,
         "accuracy_consensus_final": float(consensus.iloc[-1]) if len(consensus) else math.nan,
@@ -202,6 +180,9 @@ def _facts(run: Run, target: float | None, fastest: str | None) -> dict[str, Any
 
 _AVERAGED = (
     "time_to_target_s",
+    "time_known_to_s",
+    "evaluated_every_rounds",
+    "evaluated_every_s",
     "accuracy_final",
     "accuracy_best",
     "accuracy_consensus_final",
@@ -293,15 +274,3 @@ def _fastest_class(base: Group) -> str | None:
         return None
     compute_s = rows[rows["outcome"] == "ok"].groupby("device")["compute_s"].mean()
     return str(compute_s.idxmin()) if len(compute_s) else None
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(name): _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fedsim.experiment.comparison import Comparison
 from fedsim.experiment.progress import seconds_text
-
-if TYPE_CHECKING:
-    from fedsim.experiment.compare import Comparison
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -49,8 +47,8 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
     header = ["method", "runs", "sparsity", "accuracy"]
     units = ["", "", "mean (devices)", "final, SURROGATE" if comparison.is_surrogate else "final"]
     if comparison.target_accuracy is not None:
-        header.append(f"time to {comparison.target_accuracy:.4g}")
-        units.append("s")
+        header += [f"time to {comparison.target_accuracy:.4g}", "known to"]
+        units += ["s, provisional" if comparison.target_is_provisional else "s", "s"]
     header += ["speedup", "total time", "idle"]
     units += ["[95%]", "s", "share"]
     if comparison.fastest_class is not None:
@@ -67,7 +65,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
             number_text(row["accuracy_final"], ".3f") + _plus_minus(row["accuracy_final_sd"]),
         ]
         if timed:
-            cell.append(time_text(row))
+            cell += [time_text(row), _seconds(row["time_known_to_s"])]
         cell += [
             speedup_text(row, comparison.baseline),
             _seconds(row["simulated_s"]),
@@ -88,11 +86,19 @@ def _notes(comparison: Comparison) -> list[str]:
     elif comparison.target_is_default:
         lines.append(
             f"Target accuracy {comparison.target_accuracy:.4f}: the highest that every run reaches "
-            "(--target-accuracy sets another); its time is that of the first crossing."
+            "(--target-accuracy sets another)."
         )
+        if comparison.target_is_provisional:
+            lines.append(
+                "PROVISIONAL: runs are missing or unfinished; this target, and times and speedups with it, may move "
+                "when they finish (--target-accuracy fixes it)."
+            )
     else:
+        lines.append(f"Target accuracy {comparison.target_accuracy:g}, as asked.")
+    if comparison.target_accuracy is not None:
         lines.append(
-            f"Target accuracy {comparison.target_accuracy:g}, as asked; its time is that of the first crossing."
+            f"Time to target: of the first evaluation at or above it; evaluations are {_every_text(comparison)}. "
+            "Known to: simulated seconds since the evaluation before, in which the crossing lies."
         )
     lines += reached_text(comparison)
     lines.append(
@@ -106,6 +112,15 @@ def _notes(comparison: Comparison) -> list[str]:
     lines += [f"Warning: {warning}." for warning in comparison.warnings]
     lines.append(comparison.clock)
     return lines
+
+
+def _every_text(comparison: Comparison) -> str:
+    """Such as "every 2 rounds", or "every 2 to 5 rounds"."""
+    gaps = comparison.runs["evaluated_every_rounds"].dropna()
+    low, high = f"{gaps.min():.0f}", f"{gaps.max():.0f}"
+    if low == high:
+        return "after every round" if low == "1" else f"every {low} rounds"
+    return f"every {low} to {high} rounds"
 
 
 def scale(largest: float, unit: str) -> tuple[str, float]:

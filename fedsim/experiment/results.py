@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +71,11 @@ class Run:
     def is_surrogate(self) -> bool:
         """Whether losses and accuracies come from a fitted model instead of training."""
         return self.manifest.get("engine") == "surrogate"
+
+    @property
+    def is_timing_only(self) -> bool:
+        """Whether nothing was trained, so that there are times and no accuracies (``train.engine: none``)."""
+        return self.manifest.get("engine") == "none"
 
     @property
     def is_language_model(self) -> bool:
@@ -146,11 +152,13 @@ def load(path: str | Path) -> Run:
     """Open a run directory, finished or not.
 
     Raises:
-        RunError: no such directory, not a run, or a damaged manifest or configuration.
+        RunError: no such directory, not a run (a sweep's folder is told apart), or a damaged manifest or configuration.
     """
     path = Path(path)
     if not path.is_dir():
         raise RunError(f"no such run directory: '{path}'")
+    if is_sweep_folder(path):
+        raise RunError(f"'{path}' is a sweep's folder, not a run{_choice_of_cell(path)}")
     manifest = read_manifest(path)
     file = path / CONFIG
     try:
@@ -177,11 +185,27 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         if not path.is_dir():
             raise RunError(f"no such run directory: '{path}'")
         below = list(_run_folders(path))
+        if not below and is_sweep_folder(path):
+            raise RunError(f"sweep '{path}' has no finished cell: none of its cells has begun")
         if not below:
             raise RunError(f"no run in '{path}': neither it nor a folder below it has a {MANIFEST}")
         for folder in below:
             found.setdefault(folder.resolve(), load(folder))
     return list(found.values())
+
+
+def is_sweep_folder(path: Path) -> bool:
+    """Whether a folder holds the book of a sweep, and is no run itself."""
+    return (path / SWEEP_BOOK).is_file() and not (path / MANIFEST).exists()
+
+
+def _choice_of_cell(sweep: Path) -> str:
+    """What to open in a sweep's place, with an example; or that there is nothing."""
+    for folder in _run_folders(sweep):
+        with suppress(RunError):
+            if read_manifest(folder)["status"] == "finished":
+                return f": choose one of its cells' folders, such as '{folder}', or open all with fedsim.load_sweep"
+    return ", and has no finished cell yet"
 
 
 def _run_folders(top: Path) -> Iterable[Path]:

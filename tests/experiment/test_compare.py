@@ -12,10 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up import config_of, write_run
 
+from fedsim.cli import main
 from fedsim.errors import ConfigError, RunError
+from fedsim.experiment.belonging import group_runs
 from fedsim.experiment.bootstrap import mean_interval, ratio_interval
-from fedsim.experiment.compare import compare, final_sparsity, idle_of_class, time_to_target
-from fedsim.experiment.results import Run, load
+from fedsim.experiment.compare import (
+    compare,
+    evaluated_every,
+    final_sparsity,
+    idle_of_class,
+    time_known_to,
+    time_to_target,
+)
+from fedsim.experiment.comparison_text import comparison_text
+from fedsim.experiment.results import Run, find_runs, load
 from fedsim.sweeps.notes import sweep_notes
 
 FINISHED = {
@@ -116,11 +126,37 @@ def test_the_default_target_is_what_every_run_reaches_and_unfinished_ones_are_na
     comparison = compare(runs)
     assert comparison.target_accuracy == 0.85
     assert comparison.target_is_default
-    text = comparison.as_text()
+    text = comparison_text(comparison)
     assert "Target accuracy 0.8500: the highest that every run reaches" in text
+    assert "PROVISIONAL: runs are missing or unfinished" in text
+    assert "s, provisional" in text.splitlines()[1]
+    assert comparison.as_dict()["target_is_provisional"]
     assert row_of(comparison, "fedspine")["runs"] == 1
     assert comparison.warnings == ("'fedspine-1' is unfinished and is left out",)
     assert "Warning: 'fedspine-1' is unfinished and is left out." in text
+
+
+def test_a_default_target_is_provisional_only_while_runs_are_missing_and_none_was_given():
+    runs = [hand_run("fedlora", 0, [10, 20], [0.7, 0.9])]
+    half = hand_run("fedlora", 1, [10], [0.6], manifest={"status": "running"})
+    missing = ["sweep 'x' lacks 1 of 2 cells"]
+    for comparison, provisional in (
+        (compare(runs), False),
+        (compare([*runs, half]), True),
+        (compare(runs, notes=missing), True),
+        (compare([*runs, half], 0.8, notes=missing), False),
+        (compare([hand_run("fedlora", 0, [10], [None]), half]), False),
+    ):
+        assert comparison.target_is_provisional == provisional
+        assert ("rovisional" in comparison_text(comparison).lower()) == provisional
+
+
+def test_a_sweep_of_unfinished_cells_has_no_finished_cell(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"cell{seed}", "fedlora", seed, rounds=4, clients=8, stop_before=2)
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(RunError, match=r"nothing to compare: sweep '.*' has no finished cell"):
+        compare(find_runs([tmp_path]))
 
 
 def test_only_unfinished_runs_are_nothing_to_compare():
@@ -138,7 +174,7 @@ def test_not_reached_is_said_plainly():
     row = row_of(comparison, "fedspine")
     assert row["reached"] == 0
     assert math.isnan(row["speedup"])
-    line = next(line for line in comparison.as_text().splitlines() if line.startswith("fedspine"))
+    line = next(line for line in comparison_text(comparison).splitlines() if line.startswith("fedspine"))
     assert "not reached  " in line
     as_json = {row["method"]: row for row in comparison.as_dict()["rows"]}
     assert as_json["fedspine"]["time_to_target_s"] is None
@@ -154,10 +190,10 @@ def test_missed_targets_are_counted_and_never_filled_in():
     assert (row["reached"], row["runs"], row["speedup_pairs"], row["speedup_pairs_missed"]) == (2, 3, 2, 1)
     assert row["speedup"] == pytest.approx(2.0)
     assert math.isnan(row["speedup_low"])
-    text = comparison.as_text()
+    text = comparison_text(comparison)
     assert "2.00x [no interval] (2 of 3)" in text
     assert "Not reached by fedspine (1 of 3 runs)" in text
-    assert "No run reached 0.99: the best mean over seeds is 0.9000." in compare(runs, 0.99).as_text()
+    assert "No run reached 0.99: the best mean over seeds is 0.9000." in comparison_text(compare(runs, 0.99))
 
 
 def test_the_gain_in_accuracy_is_paired():
@@ -194,7 +230,7 @@ def test_choice_of_the_baseline(methods, asked, chosen):
     runs = [hand_run(method, 0, [10, 20 + index], [0.5, 0.9]) for index, method in enumerate(methods)]
     comparison = compare(runs, None, asked)
     assert comparison.baseline == chosen
-    assert f"Speedup over {chosen}" in comparison.as_text()
+    assert f"Speedup over {chosen}" in comparison_text(comparison)
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest_name():
@@ -256,10 +292,86 @@ def test_first_crossing_against_a_loop(accuracies, target):
     assert found == expected or (math.isnan(found) and math.isnan(expected))
 
 
+def test_how_closely_a_time_is_known_by_hand():
+    """Tests after rounds 1, 3 and 4, at 20, 45 and 60 s."""
+    run = hand_run("fedlora", 0, [10, 20, 30, 45, 60], [None, 0.7, None, 0.8, 0.75])
+    assert [time_known_to(run.rounds, target) for target in (0.5, 0.8)] == [20.0, 25.0]
+    assert math.isnan(time_known_to(run.rounds, 0.9))
+    assert evaluated_every(run.rounds) == (2.0, 20.0)
+    assert all(math.isnan(one) for one in evaluated_every(hand_run("fedlora", 0, [10], [None]).rounds))
+    comparison = compare([run], 0.8)
+    row = row_of(comparison, "fedlora")
+    assert (row["time_to_target_s"], row["time_known_to_s"]) == (45.0, 25.0)
+    text = comparison_text(comparison)
+    assert "evaluations are every 2 rounds. Known to: simulated seconds since the evaluation before" in text
+    assert text.splitlines()[0].split("time to 0.8")[1].split()[:2] == ["known", "to"]
+    content = comparison.as_dict()
+    assert "first evaluation at or above the target" in content["time_to_target_is"]
+    assert content["rows"][0]["time_known_to_s"] == 25.0
+    often = hand_run("fedspine", 0, [10, 20], [0.5, 0.9])
+    assert "every 1 to 2 rounds" in comparison_text(compare([run, often], 0.8))
+    assert "after every round" in comparison_text(compare([often]))
+    assert "Known to" not in comparison_text(compare([hand_run("fedlora", 0, [10], [None])]))
+
+
+@pytest.mark.parametrize("trained_first", [True, False])
+def test_timing_only_runs_are_not_compared_with_trained_ones(trained_first):
+    data = {"name": None, "sha256": None, "train": 0, "test": 0}
+    runs = [
+        hand_run("fedlora", 0, [10], [0.9], manifest={"engine": "sliced"}),
+        hand_run("fedspine", 0, [10], [None], manifest={"engine": "none", "data": data}),
+    ]
+    said = r"'fedlora-0' was trained and 'fedspine-0' is timing only \(train\.engine: none\)"
+    with pytest.raises(RunError, match=said):
+        compare(runs if trained_first else runs[::-1])
+
+
+def asked(seed, engine, precision, ran=("sliced", "fp32")):
+    config = {"seed": seed, "method": "fedlora", "train": {"engine": engine, "precision": precision}}
+    return hand_run("fedlora", seed, [10], [0.9], manifest={"engine": ran[0], "precision": ran[1]}, config=config)
+
+
+def test_what_auto_came_to_is_no_difference_from_the_same_thing_named():
+    comparison = compare([asked(0, "auto", "auto"), asked(1, "sliced", "fp32")])
+    assert comparison.rows[["method", "runs"]].values.tolist() == [["fedlora", 2]]
+    assert comparison.warnings == ()
+
+
+def test_what_auto_came_to_is_a_difference_from_something_else():
+    comparison = compare([asked(0, "auto", "auto", ("sliced", "bf16")), asked(0, "auto", "fp32")])
+    assert set(comparison.rows["method"]) == {"fedlora (train.precision=bf16)", "fedlora (train.precision=fp32)"}
+    assert comparison.warnings == ("the runs differ in train.precision",)
+
+
+def test_seeds_that_asked_alike_stay_together_and_a_host_that_chose_otherwise_is_told():
+    comparison = compare([asked(0, "auto", "auto", ("sliced", "bf16")), asked(1, "auto", "auto")])
+    assert comparison.rows["method"].tolist() == ["fedlora"]
+    assert comparison.warnings == ("train.precision: auto came to bf16 in some runs and fp32 in others",)
+
+
+def test_the_fleets_own_number_of_clients_is_no_difference_from_the_same_number():
+    def sized(seed, clients):
+        config = {"seed": seed, "method": "fedlora", "fleet": {"clients": clients}}
+        return hand_run("fedlora", seed, [10], [0.9], config=config)
+
+    assert compare([sized(0, None), sized(1, 2)]).rows["runs"].tolist() == [2]
+
+
+def test_labels_write_values_as_the_user_does():
+    settings = [{"control": {"smooth": True}, "prune": {"max_step": None}, "reward": {"weights": [1.0, 0.5, 0.5]}}]
+    settings += [{"control": {"smooth": False}, "prune": {"max_step": 0.1}}]
+    groups, _ = group_runs([hand_run("fedspine", 0, [10], [0.9], config=one) for one in settings])
+    assert [group.label for group in groups] == [
+        "fedspine (control.smooth=true, prune.max_step=null, reward.weights=[1.0, 0.5, 0.5])",
+        "fedspine (control.smooth=false, prune.max_step=0.1, reward.weights=[1.0, 0.25, 0.25])",
+    ]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
         ("data", {"name": "synthetic", "sha256": "3"}, r"data differs \(sha256: 2 and 3\)"),
+        ("data", {"name": "a", "sha256": None}, r"data differs \(.*sha256: 2 and null\)"),
         ("fleet", {"name": "two", "clients": 3}, r"fleet differs \(clients: 2 and 3\)"),
         ("clock", {**FINISHED["clock"], "seq_len": 64}, r"clock \(cost model\) differs \(seq_len: 128 and 64\)"),
     ],
@@ -312,7 +424,7 @@ def test_lesser_differences_are_warned_of():
         "the runs start from different model weights",
         "the runs differ in server.rounds",
     ]
-    assert "Warning: the runs differ in server.rounds." in comparison.as_text()
+    assert "Warning: the runs differ in server.rounds." in comparison_text(comparison)
 
 
 def test_configurations_of_one_method_stay_apart_and_are_named():
@@ -355,7 +467,7 @@ def test_rows_are_grouped_by_achieved_sparsity():
     groups = comparison.rows.set_index("method")["sparsity_group"].to_dict()
     assert groups == {"fedlora": 0, "a": 1, "c": 1, "b": 2, "d": 2}
     assert comparison.rows["sparsity_group"].is_monotonic_increasing
-    lines = comparison.as_text().splitlines()
+    lines = comparison_text(comparison).splitlines()
     titles = [line for line in lines if line.startswith("[")]
     assert titles == [
         "[unpruned: references, not rivals of the pruned]",
@@ -395,22 +507,22 @@ def test_timing_only_runs_compare_total_time():
     assert comparison.target_accuracy is None
     assert comparison.speedup_of == "simulated_s"
     assert row_of(comparison, "fedspine")["speedup"] == pytest.approx(1.5)
-    assert "No accuracy was evaluated: speedups are of total simulated time." in comparison.as_text()
+    assert "No accuracy was evaluated: speedups are of total simulated time." in comparison_text(comparison)
 
 
 def test_the_clock_and_its_standing_stand_under_every_table():
     labelled = {"labels": ["reconstruction", "timing only: nothing was trained"]}
     comparison = compare([hand_run("fedlora", 0, [10], [0.9], manifest={"labels": []})])
-    last = comparison.as_text().splitlines()[-1]
+    last = comparison_text(comparison).splitlines()[-1]
     assert last == "Clock: roberta-base, batch 8 x 128 tokens, fp32; fleet two, 2 clients; reconstruction."
     comparison = compare([hand_run("fedlora", 0, [10], [0.9], manifest=labelled)])
-    assert comparison.as_text().splitlines()[-1].endswith("reconstruction; timing only: nothing was trained.")
+    assert comparison_text(comparison).splitlines()[-1].endswith("reconstruction; timing only: nothing was trained.")
     assert comparison.as_dict()["labels"] == ["reconstruction", "timing only: nothing was trained"]
 
 
 def test_columns_are_aligned_under_their_units():
     comparison = compare([hand_run(name, 0, [10, 20], [None, 0.9]) for name in ("fedlora", "a_very_long_method_name")])
-    lines = comparison.as_text().splitlines()
+    lines = comparison_text(comparison).splitlines()
     header, units, rule = lines[:3]
     body = [line for line in lines[3:] if line.startswith(("fedlora", "a_very"))]
     assert set(rule) == {"-"}
@@ -445,7 +557,7 @@ def test_runs_without_client_records_do_without_the_fastest_class(tmp_path):
     write_run(tmp_path / "run", "fedlora", config=config, clients=16)
     comparison = compare([load(tmp_path / "run")])
     assert comparison.fastest_class is None
-    assert "fastest" not in comparison.as_text().lower()
+    assert "fastest" not in comparison_text(comparison).lower()
 
 
 def test_a_sweep_says_which_cells_are_missing(tmp_path):
@@ -456,7 +568,7 @@ def test_a_sweep_says_which_cells_are_missing(tmp_path):
     assert f"sweep '{tmp_path}' lacks 4 of 5 cells: cell 0 (failed, ValueError: no); cell 1" in note
     assert note.endswith("and 1 more")
     comparison = compare([hand_run("fedlora", 0, [10], [0.9])], notes=[note])
-    assert f"Warning: {note}." in comparison.as_text()
+    assert f"Warning: {note}." in comparison_text(comparison)
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": cells[:1]}))
     assert sweep_notes([tmp_path]) == []
     for damaged in ("{", "[]", '{"cells": [1]}'):
@@ -473,3 +585,17 @@ def test_where_many_keys_differ_a_label_names_only_what_is_unusual():
     assert _told_apart(rivals[:2]) == ["a=1", "a=2"]
     two = [{"a": "1", "b": "1", "c": "1", "d": "1"}, {"a": "2", "b": "2", "c": "2", "d": "2"}]
     assert len(set(_told_apart(two))) == 2
+
+
+def test_the_speedups_are_drawn_beside_the_other_figures(tmp_path, capsys):
+    for method, clients in (("fedlora", 8), ("fedspine", 8)):
+        write_run(tmp_path / "runs" / method, method, rounds=4, clients=clients)
+    assert main(["compare", str(tmp_path / "runs"), "--out", str(tmp_path / "figures")]) == 0
+    assert "Speedup over fedlora" in capsys.readouterr().out
+    kinds = {path.suffix for path in (tmp_path / "figures").glob("speedup.*")}
+    assert kinds == {".png", ".pdf", ".csv"}
+    drawn = pd.read_csv(tmp_path / "figures" / "speedup.csv")
+    assert drawn["method"].tolist() == ["fedlora", "fedspine"]
+    assert main(["compare", str(tmp_path / "runs" / "fedlora"), "--out", str(tmp_path / "alone")]) == 0
+    assert not list((tmp_path / "alone").glob("speedup.*"))
+    assert (tmp_path / "alone" / "timeline.png").exists()

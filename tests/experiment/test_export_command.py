@@ -179,6 +179,16 @@ def test_runs_that_have_no_model_to_give(copied, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_of_a_sweep(copied, tmp_path, capsys):
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main(["export", str(tmp_path), "--consensus", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"is a sweep's folder, not a run: choose one of its cells' folders, such as '{copied}'" in said
+    edit_manifest(copied, status="running")
+    with pytest.raises(RunError, match="is a sweep's folder, not a run, and has no finished cell yet"):
+        fedsim.export_run(tmp_path, tmp_path / "out", consensus=True)
+
+
 def test_a_base_model_that_has_gone(copied, tmp_path):
     text = (copied / "config.yaml").read_text()
     (copied / "config.yaml").write_text(text.replace("name: tiny", f"name: {tmp_path}/gone"))

@@ -98,6 +98,21 @@ def test_runs_are_found_at_and_below_a_folder_once_and_in_order(tmp_path):
         find_runs([tmp_path / "nowhere"])
 
 
+def test_the_folder_of_a_sweep_is_told_from_a_run(tmp_path):
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(RunError, match=r"is a sweep's folder, not a run, and has no finished cell yet"):
+        load(tmp_path)
+    with pytest.raises(RunError, match=r"sweep '.*' has no finished cell: none of its cells has begun"):
+        find_runs([tmp_path])
+    write_run(tmp_path / "begun", rounds=4, clients=8, stop_before=2)
+    with pytest.raises(RunError, match="no finished cell yet"):
+        load(tmp_path)
+    done = write_run(tmp_path / "done", rounds=2, clients=8)
+    with pytest.raises(RunError, match=f"choose one of its cells' folders, such as '{done}', or .*fedsim.load_sweep"):
+        load(tmp_path)
+    assert [run.path.name for run in find_runs([tmp_path])] == ["begun", "done"]
+
+
 def test_the_summary_says_what_was_lost_and_why():
     run = Run(Path("somewhere"), {}, {"status": "finished", "method": "fedlora", "seed": 0})
     rounds = {"end_s": [0.5, 1.25], "idle_fraction": 0.0, "accuracy": 0.5, "dropped": [2, 1], "participants": 2}
