@@ -27,12 +27,25 @@ TERM_TEXT = {
     "time": "the time penalty",
 }
 _TERMS = ("loss", "progress", "importance")
-_DEAF = ("uniform", "random", "balanced", "oracle")
+_DEAF = ("uniform", "random", "balanced", "oracle", "static_rank")
 """Policies that do not read rewards."""
 _PHASES = ["wait_s", "download_s", "compute_s", "upload_s"]
 _LEAST_LOSS = 1e-12
 _AT_TARGET = 1e-9
 _TOLERANCE = 1e-6
+
+
+def missing_losses(run: Run) -> str | None:
+    """What stood in for the losses in the rewards of a timing-only run; None where they had some, or nobody reads them.
+
+    The policy of such a run was taught by times alone: it may choose other arms where models are trained.
+    """
+    config = build_config(run.config)
+    if config.train.engine != "none" or config.control.policy in _DEAF:
+        return None
+    if config.reward.kind == "fedmp":
+        return "every loss reduction counted as 1"
+    return "no learning term (loss reduction, pruning progress, LoRA importance) was in use"
 
 
 def reward_terms(run: Run) -> pd.DataFrame:

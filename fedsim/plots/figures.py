@@ -16,6 +16,7 @@ from fedsim.plots import frames
 from fedsim.plots.style import (
     COLOURS,
     PHASE_COLOURS,
+    WIDTH_IN,
     Sink,
     canvas,
     caption,
@@ -23,6 +24,7 @@ from fedsim.plots.style import (
     legend_in,
     save,
     styles,
+    whole_numbers,
     wrapped,
 )
 
@@ -107,7 +109,7 @@ def _draw_over_time(
     """One column of `frame` (its name and the axis's label) against ``end_s``; `notes` are the caption and the mark."""
     (name, label), (text, mark) = quantity, notes
     looks = styles([group.label for group in groups])
-    with canvas(7.2, 4.2 + _legend_in(groups)) as figure:
+    with canvas(WIDTH_IN, 4.2 + _legend_in(groups)) as figure:
         axes = figure.add_subplot()
         several = False
         for group in groups:
@@ -131,7 +133,7 @@ def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: 
     """Idle share by device class and method."""
     frame = frames.idle_by_class(groups)
     looks = styles([group.label for group in groups])
-    with canvas(7.2, 3.8 + _legend_in(groups)) as figure:
+    with canvas(WIDTH_IN, 3.8 + _legend_in(groups)) as figure:
         axes = figure.add_subplot()
         width = 0.8 / len(groups)
         several = False
@@ -182,9 +184,10 @@ def draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, mar
                 if name == "lora_rank":
                     _rank_axis(axes, frame)
                 else:
-                    axes.set_ylim(0, max(top, 0.1) * 1.08)
+                    axes.set_ylim(-0.03 * max(top, 0.1), 1.08 * max(top, 0.1))  # a line at 0 is seen whole
                 if row % 2 == 0:
                     axes.set_title(wrapped(groups[index].label, 26))
+                whole_numbers(axes)
                 if column == 0:
                     axes.set_ylabel(title)
                 else:
@@ -220,17 +223,21 @@ def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, 
     """One round per method as bars, a line per client (rows of `frames.timeline`)."""
     names = list(dict.fromkeys(frame["method"]))
     same = frame["round"].nunique() == 1
-    columns = min(len(names), 2)
+    columns = 3 if len(names) == 3 or len(names) > 4 else min(len(names), 2)
     rows = -(-len(names) // columns)
     with canvas(3.6 * columns + 1.4, 2.8 * rows + 0.7) as figure:
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         handles: dict[str, Any] = {}
+        # A legend names what there is to see: nobody waits where the server serves all at once.
+        phases = [phase for phase in frames.PHASES if (frame[f"{phase}_s"] > 0).any()]
+        # Where each method has a round of its own, other clients take part: each panel then names its classes.
+        alike = len({tuple(own["device"]) for _, own in frame.groupby("method")}) == 1
         for index, axes in enumerate(grid.flat):
             if index >= len(names):
                 axes.set_visible(False)
                 continue
             own = frame[frame["method"] == names[index]].reset_index(drop=True)
-            _draw_bars(axes, own, name_classes=index % columns == 0)
+            _draw_bars(axes, own, phases, name_classes=not alike or index % columns == 0)
             chosen = int(own["round"].iloc[0])
             axes.set_title(wrapped(names[index] if same else f"{names[index]}, round {chosen}"))
             if index + columns >= len(names):
@@ -240,7 +247,7 @@ def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, 
         # The panels share their axis: it must reach to the end of the longest round, not of the first one drawn.
         longest_s = frame[[f"{phase}_s" for phase in frames.PHASES]].sum(axis=1).max()
         grid[0, 0].set_xlim(0.0, 1.05 * longest_s)
-        names_in_order = [name for name in (*frames.PHASES, _NOT_OK) if name in handles]
+        names_in_order = [name for name in (*phases, _NOT_OK) if name in handles]
         figure.legend(
             [handles[name] for name in names_in_order], names_in_order, loc="outside upper center", ncols=len(handles)
         )
@@ -250,7 +257,7 @@ def draw_timeline(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, 
 
 
 def _columns(groups: Sequence[Group]) -> int:
-    return columns_that_fit([wrapped(group.label) for group in groups], 7.2)
+    return columns_that_fit([wrapped(group.label) for group in groups], WIDTH_IN)
 
 
 def _legend_in(groups: Sequence[Group]) -> float:
@@ -260,14 +267,20 @@ def _legend_in(groups: Sequence[Group]) -> float:
 _NOT_OK = "ended otherwise than ok"
 
 
-def _draw_bars(axes: Any, rows: pd.DataFrame, name_classes: bool) -> None:
+# Told from the blue and orange of work, and from the pale idle, by more than their lightness.
+_HATCHED: dict[str, dict[str, Any]] = {"wait": {"hatch": "xxxx", "edgecolor": "#444444"}}
+
+
+def _draw_bars(axes: Any, rows: pd.DataFrame, phases: Sequence[str], name_classes: bool) -> None:
     """Phases as steps: one filled outline per phase, since a rectangle per client leaves hairlines between them."""
     edges = np.repeat(np.arange(len(rows) + 1) - 0.5, 2)[1:-1]
     left = np.zeros(len(rows))
     for phase in frames.PHASES:
         right = left + rows[f"{phase}_s"].to_numpy()
-        colour = PHASE_COLOURS[phase]
-        axes.fill_betweenx(edges, np.repeat(left, 2), np.repeat(right, 2), color=colour, lw=0, label=phase)
+        if phase not in phases:
+            continue
+        look = {"facecolor": PHASE_COLOURS[phase], "lw": 0, **_HATCHED.get(phase, {})}
+        axes.fill_betweenx(edges, np.repeat(left, 2), np.repeat(right, 2), label=phase, **look)
         left = right
     failed = rows["outcome"].to_numpy() != "ok"
     if failed.any():

@@ -18,7 +18,18 @@ from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
 from fedsim.plots.figures import PANELS, SURROGATE
-from fedsim.plots.style import Sink, canvas, caption, columns_that_fit, legend_in, save, styles, wrapped
+from fedsim.plots.style import (
+    WIDTH_IN,
+    Sink,
+    canvas,
+    caption,
+    columns_that_fit,
+    legend_in,
+    save,
+    styles,
+    whole_numbers,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +53,7 @@ def write_regret_figures(runs: Sequence[Run], out: Path) -> list[Path]:
     """Draw ``cumulative_regret`` (all runs) and ``arms_over_time`` (each method's first run), each with its CSV.
 
     Runs that recorded no clients are left out. Beside the CSV of the figures stands ``regret_summary.csv``, a row per
-    run: total, relative, warm-up, cold start and settled regret.
+    run: its regret and the parts that add up to it.
 
     Args:
         runs: runs that belong together (same data, fleet and clock).
@@ -78,10 +89,16 @@ def write_regret_figures(runs: Sequence[Run], out: Path) -> list[Path]:
 
 
 def summary(groups: Sequence[Group], known: dict[Path, Regret]) -> pd.DataFrame:
-    """A row per run: ``method seed profile_draw`` and its regret in simulated seconds."""
+    """A row per run that `known` holds: ``method seed profile_draw`` and its regret in simulated seconds.
+
+    ``warmup_s``, ``cold_start_s`` and ``settled_s`` (the rounds before, in and after the cold start) add up to
+    ``total_s``; ``settled_s_per_round`` is NaN where no round is left after the cold start.
+    """
     rows = []
     for group in groups:
         for (seed, draw), run in group.runs.items():
+            if run.path not in known:
+                continue
             own = known[run.path]
             rows.append(
                 {
@@ -90,13 +107,23 @@ def summary(groups: Sequence[Group], known: dict[Path, Regret]) -> pd.DataFrame:
                     "profile_draw": draw,
                     "total_s": own.total_s,
                     "relative": own.relative,
+                    "rounds": len(own.rounds),
                     "warmup_s": own.warmup_s,
+                    "warmup_rounds": min(own.cold_start_first_round, len(own.rounds)),
                     "cold_start_s": own.cold_start_s,
                     "cold_start_rounds": own.cold_start_rounds,
+                    "settled_s": own.total_s - own.warmup_s - own.cold_start_s,
                     "settled_s_per_round": own.settled_s_per_round,
                 }
             )
     return pd.DataFrame(rows)
+
+
+def means(runs: pd.DataFrame) -> pd.DataFrame:
+    """Means over a method's runs (rows of `summary`): its columns, ``runs``, and ``total_sd`` (NaN of a single run)."""
+    grouped = runs.groupby("method", sort=False)
+    table = grouped.mean(numeric_only=True).drop(columns=["seed", "profile_draw"])
+    return table.assign(runs=grouped.size(), total_sd=grouped["total_s"].std(ddof=1)).reset_index()
 
 
 def _named_shortly(groups: Sequence[Group]) -> list[Group]:
@@ -112,7 +139,11 @@ def _named_shortly(groups: Sequence[Group]) -> list[Group]:
 def draw_cumulative_regret(
     groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, sink: Sink
 ) -> None:
-    """Seconds lost against the oracle, added up over rounds; runs that `known` does not hold are left out."""
+    """Seconds lost against the oracle, added up over rounds; runs that `known` does not hold are left out.
+
+    Args:
+        known: regret of at least one run, by the run's path.
+    """
     tables = []
     for group in groups:
         for (seed, draw), run in group.runs.items():
@@ -123,33 +154,54 @@ def draw_cumulative_regret(
                 pd.DataFrame({"method": group.label, "seed": seed, "profile_draw": draw}, own.index).join(own)
             )
     frame = pd.concat(tables, ignore_index=True)
+    groups = [group for group in groups if group.label in set(frame["method"])]
     looks = styles([group.label for group in groups])
-    names = [wrapped(group.label) for group in groups] + ["cold start"]
-    columns = columns_that_fit(names, 7.2)
-    with canvas(7.2, 4.2 + legend_in(names, columns)) as figure:
+    names = [wrapped(group.label) for group in groups] + [_COLD]
+    columns = columns_that_fit(names, WIDTH_IN)
+    with canvas(WIDTH_IN, 4.2 + legend_in(names, columns)) as figure:
         axes = figure.add_subplot()
-        several = False
         for group in groups:
             own, look = frame[frame["method"] == group.label], looks[group.label]
             line = {"color": look["color"], "linestyle": look["linestyle"]}
             repeats = own.groupby(["seed", "profile_draw"])
             if len(repeats) > 1:
-                several = True
                 for _, one in repeats:
                     axes.plot(one["round"], one["cumulative_regret_s"], color=look["color"], linewidth=0.7, alpha=0.4)
             mean = own.groupby("round")["cumulative_regret_s"].mean()
             axes.plot(mean.index, mean, label=wrapped(group.label), **line)
-        first = next(iter(known.values()))
-        if first.cold_start_rounds:
-            cold = first.cold_start_first_round, first.cold_start_first_round + first.cold_start_rounds
-            axes.axvspan(*cold, color="#EEEEEE", zorder=0, label="cold start")
+            _draw_cold_start(axes, mean, next(known[run.path] for run in group.runs.values() if run.path in known))
         axes.set_xlabel("round")
         axes.set_ylabel("simulated seconds lost against the oracle")
-        axes.set_xlim(left=0)
-        axes.legend(ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        seeds = "Bold: mean over seeds; thin: each seed. " if several else ""
-        caption(figure, f"Expected times, jitter left out; the oracle at each run's own mean ratio. {seeds}{text}")
+        axes.set_xlim(0, max(1, frame["round"].max()))
+        whole_numbers(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        named = dict(zip(labels, handles, strict=True))
+        named |= {_COLD: named.pop(_COLD)} if _COLD in named else {}  # last, and once for all methods
+        axes.legend(named.values(), named, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        caption(
+            figure,
+            "Expected times, jitter left out; the oracle at each run's own mean ratio. Broad and pale: the cold start, "
+            f"in which devices are new to the controller. {_seeds_text(frame)}{text}",
+        )
         sink(figure, frame, "cumulative_regret", mark)
+
+
+_COLD = "cold start"
+
+
+def _draw_cold_start(axes: Any, mean: pd.Series, own: Regret) -> None:
+    """Under a method's own line: methods that warm up begin theirs later than others."""
+    first = own.cold_start_first_round
+    cold = mean.loc[first : first + own.cold_start_rounds - 1]
+    if len(cold):
+        axes.plot(cold.index, cold, color="#BBBBBB", linewidth=7, alpha=0.6, zorder=1, label=_COLD)
+
+
+def _seeds_text(frame: pd.DataFrame) -> str:
+    if frame.groupby("method")[["seed", "profile_draw"]].value_counts().groupby("method").size().max() > 1:
+        return "Bold: mean over seeds; thin: each seed. "
+    seeds = sorted(frame["seed"].unique())
+    return f"One seed: {seeds[0]}. " if len(seeds) == 1 else "One seed of each method. "
 
 
 def _draw_arms(groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, sink: Sink) -> None:

@@ -37,13 +37,16 @@ PHASE_COLOURS = {
     "download": "#56B4E9",
     "compute": "#0072B2",
     "upload": "#E69F00",
-    "idle": "#F0DEDA",
+    "idle": "#E6D3CE",
 }
 
 Sink = Callable[["Figure", pd.DataFrame, str, str | None], None]
 """Takes a drawn figure, its numbers, its name, and the mark of what is not measured."""
 
 DPI = 160
+WIDTH_IN = 6.4
+"""Of figures with one panel: two of them fit side by side on a page."""
+_CAPTION = "caption"
 _SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -83,7 +86,19 @@ def caption(figure: Figure, text: str) -> None:
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0.0, share, 1.0, 1.0 - share))  # type: ignore[call-arg]
-    figure.text(0.008, 0.05 / height_in, "\n".join(lines), fontsize=7.5, color="#444444", va="bottom", ha="left")
+    look: dict[str, Any] = {"fontsize": 7.5, "color": "#444444", "va": "bottom", "ha": "left", "gid": _CAPTION}
+    figure.text(0.008, 0.05 / height_in, "\n".join(lines), **look)
+
+
+def without_caption(figure: Figure) -> str:
+    """Take the caption off a figure that a page will say it under, give its room back, and return its text."""
+    taken = [text for text in figure.texts if text.get_gid() == _CAPTION]
+    for text in taken:
+        text.remove()
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(rect=(0.0, 0.0, 1.0, 1.0))  # type: ignore[call-arg]
+    return " ".join(" ".join(text.get_text().split()) for text in taken)
 
 
 def watermark(figure: Figure, word: str) -> None:
@@ -111,21 +126,21 @@ def settle(figure: Figure, frame: pd.DataFrame, mark: str | None) -> pd.DataFram
 
 
 def svg_text(figure: Figure) -> str:
-    """The figure as an ``<svg>`` element for a page: no date, no XML head, as wide as its place allows.
+    """The figure as an ``<svg>`` element for a page: no date, no XML head, no background, as wide as its place.
 
     Identifiers come from the content alone, so that equal ones on a page stand for equal things.
     """
     content = io.StringIO()
+    figure.patch.set_visible(False)  # what the page draws behind it, such as the cue that it scrolls, shall show
     figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})  # type: ignore[arg-type]
     text = content.getvalue()
     text = text[text.index("<svg") :].rstrip()
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, count=1, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)  # the text of every label, which the glyphs show
     text = re.sub(r"\s*\n\s*", "\n", text)
-    width_in, _ = figure.get_size_inches()
-    return re.sub(
-        r'<svg ([^>]*?)width="[^"]*pt"', rf'<svg \1style="width:{width_in * 96:.0f}px" role="img"', text, count=1
-    ).replace('height="', 'data-height="', 1)
+    return re.sub(r'<svg ([^>]*?)width="[^"]*pt"', r'<svg \1role="img"', text, count=1).replace(
+        'height="', 'data-height="', 1
+    )
 
 
 def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | None = None) -> list[Path]:
@@ -163,6 +178,13 @@ def legend_in(labels: Sequence[str], columns: int) -> float:
     """Height of a legend beyond the one line that a figure has room for."""
     lines = max((label.count("\n") + 1 for label in labels), default=1)
     return 0.17 * (-(-len(labels) // columns) * lines - 1)
+
+
+def whole_numbers(axes: Any) -> None:
+    """Ticks of a horizontal axis that counts rounds: there is no round 2.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:

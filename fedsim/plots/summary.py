@@ -10,7 +10,7 @@ import pandas as pd
 
 from fedsim.experiment.comparison_text import scale
 from fedsim.experiment.critical import CAUSES
-from fedsim.plots.style import COLOURS, Sink, canvas, caption, columns_that_fit, legend_in, styles, wrapped
+from fedsim.plots.style import COLOURS, WIDTH_IN, Sink, canvas, caption, columns_that_fit, legend_in, styles, wrapped
 
 _HATCHES = {"compute": "", "link": "////", "wait": "...."}
 _BAR_IN = 0.34
@@ -23,7 +23,7 @@ def draw_speedups(frame: pd.DataFrame, of: str, baseline: str, text: str, mark: 
     Args:
         of: what is faster, such as "time to accuracy 0.9".
     """
-    with canvas(7.2, _height_in(frame["method"]) + 1.6) as figure:
+    with canvas(WIDTH_IN, _height_in(frame["method"]) + 1.6) as figure:
         axes = figure.add_subplot()
         top = np.nanmax([1.0, *frame["speedup"], *frame["speedup_high"]])
         for place, (_, row) in enumerate(frame.iterrows()):
@@ -55,7 +55,7 @@ def draw_critical(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: 
 
     methods = list(dict.fromkeys(frame["method"]))
     looks = styles(classes)
-    with canvas(7.2, _height_in(methods) + 1.7) as figure:
+    with canvas(WIDTH_IN, _height_in(methods) + 1.7) as figure:
         axes = figure.add_subplot()
         shares = frame.set_index(["method", "device", "cause"])["share"]
         for place, method in enumerate(methods):
@@ -72,11 +72,12 @@ def draw_critical(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: 
         handles += [
             Patch(facecolor="#999999", hatch=_HATCHES[cause], edgecolor="white", label=cause) for cause in present
         ]
+        columns = columns_that_fit([handle.get_label() for handle in handles], WIDTH_IN)
         _rows_named(axes, methods)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(_percent())
         axes.set_xlabel("share of rounds, by the class of the last client to finish, and what held it up")
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns)
         caption(figure, "All seeds. Cause: where that client exceeds the round's median client most. " + text)
         sink(figure, frame, "critical_path", mark)
 
@@ -120,8 +121,8 @@ def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink
     looks = styles(methods)
     layers = int(frame["layer"].max()) + 1
     labels = [wrapped(method) for method in methods]
-    columns = columns_that_fit(labels, 7.2)
-    with canvas(7.2, 3.6 + legend_in(labels, columns)) as figure:
+    columns = columns_that_fit(labels, WIDTH_IN)
+    with canvas(WIDTH_IN, 3.6 + legend_in(labels, columns)) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, kind in zip(panels, ("heads", "channels"), strict=True):
             for place, method in enumerate(methods):

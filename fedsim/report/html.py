@@ -10,13 +10,17 @@ from urllib.parse import quote
 
 import pandas as pd
 
+_LONG = 40
+"""Characters from which on a cell's text may break anywhere, in a column wide enough to read."""
+
 
 @dataclass(frozen=True)
 class Cell:
-    """A table's cell: what it shows, and the number it is sorted by (None: its text)."""
+    """A table's cell: what it shows, the number it is sorted by (None: its text), and small print under it."""
 
     text: str
     value: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,18 @@ def bullets(items: Sequence[str]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Cell | str]], caption: str, kind: str = "sortable") -> str:
-    """A table that the script makes sortable; a `Cell` with a number is flush right."""
-    head = "".join(f'<th scope="col">{escaped(name)}</th>' for name in header)
+    """A table that the script makes sortable; a column whose first cell has a number is flush right.
+
+    A table wider than its place scrolls under its first column, with a shadow at the edge that hides the rest.
+    """
+    whole = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
+    numbers = [cell.value is not None for cell in whole[0]] if whole else [False] * len(header)
+    head = "".join(
+        f'<th scope="col"{_class("number" if number else "")}>{escaped(name)}</th>'
+        for name, number in zip(header, numbers, strict=True)
+    )
     body = []
-    for row in rows:
-        cells = [cell if isinstance(cell, Cell) else Cell(cell) for cell in row]
+    for cells in whole:
         body.append(
             f'<tr><th scope="row">{escaped(cells[0].text)}</th>' + "".join(_cell(cell) for cell in cells[1:]) + "</tr>"
         )
@@ -63,13 +74,18 @@ def details(summary: str, body: str) -> str:
     return f"<details><summary>{escaped(summary)}</summary>{body}</details>"
 
 
-def figure(svg: str, title: str, caption: str, csv_name: str, frame: pd.DataFrame) -> str:
-    """A drawn figure with its caption and its numbers to save."""
+def figure(svg: str, title: str, caption: str, csv_name: str, frame: pd.DataFrame, kind: str = "") -> str:
+    """A drawn figure with its title, its caption and its numbers to save."""
     named = svg.replace('role="img"', f'role="img" aria-label="{escaped(title)}"', 1)
     return (
-        f'<figure><div class="scroll" tabindex="0">{named}</div>'
+        f'<figure{_class(kind)}><h3>{escaped(title)}</h3><div class="scroll" tabindex="0">{named}</div>'
         f"<figcaption>{escaped(caption)} {csv_link(csv_name, frame)}</figcaption></figure>"
     )
+
+
+def side_by_side(*figures: str) -> str:
+    """Figures in one row, where the window has room for two; those that were not drawn leave no gap."""
+    return f'<div class="row">{"".join(figures)}</div>'
 
 
 def csv_link(name: str, frame: pd.DataFrame) -> str:
@@ -101,9 +117,10 @@ def _asset(name: str) -> str:
 
 
 def _cell(cell: Cell) -> str:
+    shown = escaped(cell.text) + (f" <small>{escaped(cell.note)}</small>" if cell.note else "")
     if cell.value is None:
-        return f"<td>{escaped(cell.text)}</td>"
-    return f'<td class="number" data-value="{cell.value:.9g}">{escaped(cell.text)}</td>'
+        return f"<td{_class('long' if len(cell.text) > _LONG else '')}>{shown}</td>"
+    return f'<td class="number" data-value="{cell.value:.9g}">{shown}</td>'
 
 
 def _class(kind: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedsim.errors import RunError
 from fedsim.experiment.compare import Comparison, compare
 from fedsim.experiment.results import Run, find_runs
+from fedsim.experiment.reward_terms import missing_losses
 from fedsim.experiment.rundir import atomic_write_text, writing
 from fedsim.report import sections
 from fedsim.report.html import bullets, escaped, page, paragraph
@@ -65,7 +66,6 @@ def report_html(
     made = [
         sections.summary(material),
         sections.diagnosis(material),
-        sections.accuracy(material),
         sections.idle(material),
         sections.rounds(material),
         sections.policy(material),
@@ -87,9 +87,12 @@ def _lead(comparison: Comparison, material: Material) -> str:
     many = len(material.groups)
     lead = paragraph(
         f"{runs} finished run{'' if runs == 1 else 's'} of {many} method{'' if many == 1 else 's'} or configurations. "
-        "Times are simulated ones, from the cost model, unless host time is named."
+        "Times are simulated ones, from the cost model, unless host time is named; fedsim devices tells which numbers "
+        "of a device are sourced, extrapolated or assumed."
     )
     labels = [*(["surrogate: no accuracy here was measured"] if comparison.is_surrogate else []), *comparison.labels]
+    if any(missing_losses(run) for run in material.runs):
+        labels.append("timing only: the bandits' rewards held no losses")
     tags = "".join(f"<li{_strong(label)}>{escaped(label)}</li>" for label in labels)
     lead += f'<ul class="labels" aria-label="How far to trust the numbers">{tags}</ul>'
     lead += paragraph(comparison.clock, "note")

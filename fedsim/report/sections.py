@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from fedsim.errors import FedsimError
 from fedsim.experiment.belonging import Group
 from fedsim.experiment.comparison_text import reached_text
 from fedsim.experiment.diagnosis import SIGNATURES, Finding, diagnose
 from fedsim.experiment.regret import Regret, regret
+from fedsim.experiment.results import Run
+from fedsim.experiment.reward_terms import missing_losses
 from fedsim.experiment.structures import kept_structures
 from fedsim.plots import figures, frames, summary_frames
 from fedsim.plots import regret as regret_plots
 from fedsim.plots import summary as summary_plots
 from fedsim.report import tables
 from fedsim.report.drawings import Sketchbook
-from fedsim.report.html import Section, bullets, csv_link, details, paragraph
-from fedsim.report.material import Material
+from fedsim.report.html import Section, bullets, csv_link, details, paragraph, side_by_side
+from fedsim.report.material import Material, first_run
 
 PANELS = 12
 """Most methods drawn side by side, panel by panel; all are in the tables."""
-JUDGED_ROWS = 16_000
-"""Client rounds whose regret is computed, all methods together: about 2 s. The first method is judged in any case."""
+JUDGED_ROWS = 64_000
+"""Client rounds whose regret is computed, all runs together: about 3 s. The first method is judged in any case."""
 TOP_CLIENTS = 5
 _FACTS = (
     "versions",
@@ -42,8 +42,8 @@ _FACTS = (
 
 
 def summary(material: Material) -> Section:
-    """The table of methods, and their speedups."""
-    comparison, book = material.comparison, Sketchbook()
+    """The table of methods, their speedups, and accuracy over simulated time."""
+    comparison = material.comparison
     target = comparison.target_accuracy
     body = ""
     if target is None:
@@ -54,16 +54,37 @@ def summary(material: Material) -> Section:
         body += "".join(paragraph(line, "warning") for line in reached_text(comparison))
     body += tables.summary_table(comparison) + paragraph(
         "Speedups and points are paired by seed; 95% bootstrap intervals over seeds. Fewer than three pairs have no "
-        "interval. Unpruned methods stand first: they are references, not rivals of the pruned.",
+        "interval, and of fewer than six it is little more than their range. Unpruned methods stand first: they are "
+        "references, not rivals of the pruned.",
         "note",
     )
     body += f"<p>Numbers: {csv_link('comparison', comparison.rows)}</p>"
-    if len(material.groups) > 1:
-        of = "total simulated time" if target is None else f"time to accuracy {target:.4g}"
+    return Section("summary", "Summary", body + _summary_figures(material))
+
+
+def _summary_figures(material: Material) -> str:
+    comparison, shown = material.comparison, material.groups[:PANELS]
+    accuracy = frames.has_accuracy(material.runs)
+    perplexity = accuracy and all(run.is_language_model for run in material.runs)
+    speedup = len(material.groups) > 1
+    # Two of a kind stand side by side; a third, or one alone, fills the page.
+    first, others = Sketchbook(wide=not accuracy or perplexity), Sketchbook(wide=not speedup and not perplexity)
+    if speedup:
+        of = "total simulated time"
+        if comparison.target_accuracy is not None:
+            of = f"time to accuracy {comparison.target_accuracy:.4g}"
         frame = summary_frames.speedups(comparison)
-        summary_plots.draw_speedups(frame, of, comparison.baseline, comparison.clock, material.mark, book)
-        body += book.html("speedup", "Speedups by method", "Speedup over the baseline.")
-    return Section("summary", "Summary", body)
+        summary_plots.draw_speedups(frame, of, comparison.baseline, comparison.clock, material.mark, first)
+    if accuracy:
+        figures.draw_accuracy(shown, comparison.clock, material.mark, others)
+    if perplexity:
+        figures.draw_perplexity(shown, comparison.clock, material.mark, others)
+    learned = "Fitted by the surrogate, not measured" if material.mark else "Measured on the test set"
+    one = first.html("speedup", "Speedup by method", "Ratio of simulated times.")
+    two = others.html("accuracy_over_time", "Accuracy over simulated time", f"{learned}; times are simulated.")
+    three = others.html("perplexity_over_time", "Perplexity over simulated time", f"{learned}; lower is better.")
+    made = one + side_by_side(two, three) if perplexity else side_by_side(one, two)
+    return made + (_cut_note(material.groups) if accuracy else "")
 
 
 def diagnosis(material: Material) -> Section:
@@ -98,93 +119,117 @@ def diagnosis(material: Material) -> Section:
     return Section("diagnosis", "Diagnosis", body)
 
 
-def accuracy(material: Material) -> Section | None:
-    """Accuracy over simulated time."""
-    runs = [run for group in material.groups for run in group.runs.values()]
-    if not frames.has_accuracy(runs):
-        return None
-    book, shown = Sketchbook(), material.groups[:PANELS]
-    figures.draw_accuracy(shown, material.comparison.clock, material.mark, book)
-    body = book.html("accuracy_over_time", "Accuracy over simulated time", "Test accuracy, panel mean.")
-    if all(run.is_language_model for run in runs):
-        figures.draw_perplexity(shown, material.comparison.clock, material.mark, book)
-        body += book.html(
-            "perplexity_over_time", "Perplexity over simulated time", "Of the responses; lower is better."
-        )
-    return Section("accuracy", "Accuracy over time", body + _cut_note(material.groups))
-
-
 def idle(material: Material) -> Section | None:
-    """Idle share by device class."""
+    """Idle share by device class, and which class and which clients made rounds slow."""
     if not material.detailed:
         return None
-    book = Sketchbook()
-    figures.draw_idle(material.detailed[:PANELS], material.classes, material.comparison.clock, material.mark, book)
-    body = book.html(
-        "idle_by_class", "Idle share by device class", "Share of a round in which devices of a class wait."
+    book, shown = Sketchbook(), material.detailed[:PANELS]
+    text, mark = material.comparison.clock, material.mark
+    figures.draw_idle(shown, material.classes, text, mark, book)
+    paths = summary_frames.critical_paths(material.detailed)
+    summary_plots.draw_critical(summary_frames.critical_counts(paths), material.classes, text, mark, book)
+    body = side_by_side(
+        book.html(
+            "idle_by_class", "Idle share by device class", "Simulated: the share of a round in which a class waits."
+        ),
+        book.html(
+            "critical_path", "Critical path", "Simulated: which class finished last in a round, and what held it up."
+        ),
     )
-    return Section("idle", "Idle by class", body + _cut_note(material.detailed))
+    body += _cut_note(material.detailed) + tables.critical_table(paths, TOP_CLIENTS)
+    return Section("idle", "Idle time and critical path", body)
 
 
 def rounds(material: Material) -> Section | None:
-    """Which devices made rounds slow, and two rounds of each method in detail."""
+    """Two rounds of each method, client by client."""
     if not material.detailed:
         return None
-    book, shown = Sketchbook(), material.detailed[:PANELS]
+    book, shown = Sketchbook(wide=True), material.detailed[:PANELS]
     text, mark = material.comparison.clock, material.mark
-    paths = summary_frames.critical_paths(material.detailed)
-    counts = summary_frames.critical_counts(paths)
-    summary_plots.draw_critical(counts, material.classes, text, mark, book)
     typical, slowest = frames.typical_and_slowest(shown)
     figures.draw_timeline(frames.timeline_of(shown, typical), text, mark, book, "typical_round")
     figures.draw_timeline(frames.timeline_of(shown, slowest), text, mark, book, "slowest_round")
-    body = book.html("critical_path", "Critical path", "Which class finished last in a round, and what held it up.")
-    body += tables.critical_table(paths, TOP_CLIENTS)
-    body += "<h3>A typical round</h3>"
-    body += book.html("typical_round", "A typical round, client by client", "The round nearest the median duration.")
-    body += "<h3>The slowest round</h3>"
-    body += book.html("slowest_round", "The slowest round, client by client", "The longest round of each run.")
-    return Section("rounds", "Rounds and critical path", body + _cut_note(material.detailed))
+    body = book.html("typical_round", "A typical round", "Simulated: the round nearest the median duration of the run.")
+    body += book.html("slowest_round", "The slowest round", "Simulated: the longest round of the run.")
+    return Section("rounds", "Rounds, client by client", body + _cut_note(material.detailed))
 
 
 def policy(material: Material) -> Section | None:
-    """What was chosen for each class over time, and the regret of the controllers."""
+    """What was chosen for each class over time, what taught the bandit, and the regret of the controllers."""
     if not material.detailed:
         return None
-    book, shown = Sketchbook(), material.detailed[:PANELS]
-    text, mark = material.comparison.clock, material.mark
-    figures.draw_choices(shown, material.classes, text, mark, book)
-    body = book.html("choices_by_class", "Arms over time by class", "Pruning ratio asked and LoRA rank, by class.")
+    book = Sketchbook(wide=True)
+    shown, text = material.detailed[:PANELS], material.comparison.clock
+    figures.draw_choices(shown, material.classes, text, material.mark, book)
+    body = book.html("choices_by_class", "Arms over time by class", "Recorded: pruning ratio asked and LoRA rank.")
     body += _cut_note(material.detailed)
+    lacking = [(group.label, missing_losses(first_run(group))) for group in material.groups]
+    lines = [f"{label}: {lacks}" for label, lacks in lacking if lacks is not None]
+    if lines:
+        body += (
+            '<div class="warning"><p>Timing only: the rewards that these bandits learned from held no losses, since '
+            f"nothing was trained. They judged arms by time; with training they may choose others.</p>{bullets(lines)}"
+            "</div>"
+        )
+    return Section("policy", "Arms, reward and regret", body + _regret(material))
+
+
+def _regret(material: Material) -> str:
     controlled = [group for group in material.detailed if _policy(group) != "uniform"]
-    body += "<h3>Regret</h3>"
     if not controlled:
-        return Section("policy", "Arms and regret", body + paragraph("No run has a controller that chooses arms."))
-    rows = np.cumsum([len(next(iter(group.runs.values())).client_rounds) for group in controlled])
-    judged = controlled[: max(1, int((rows <= JUDGED_ROWS).sum()))]
-    left_out = controlled[len(judged) :]
+        return "<h3>Regret</h3>" + paragraph("No run has a controller that chooses arms.")
+    judged, left_out = _judged(controlled)
     known, failed = _regrets(judged)
+    body = ""
     if known:
-        judged = [group for group in judged if next(iter(group.runs.values())).path in known]
-        first = [Group(group.label, group.method, dict([next(iter(group.runs.items()))])) for group in judged]
-        regret_plots.draw_cumulative_regret(first, known, text, mark, book)
-        body += book.html("cumulative_regret", "Regret over rounds", "First seed of each method with a controller.")
-        body += tables.regret_table(regret_plots.summary(first, known))
+        book = Sketchbook(wide=True)
+        own = [group for group in controlled if any(run.path in known for run in group.runs.values())]
+        regret_plots.draw_cumulative_regret(own, known, material.comparison.clock, material.mark, book)
+        said = "Reconstructed: the recorded arms, played again beside the oracle's."
+        body += book.html("cumulative_regret", "Regret over rounds", said)
+        frame = regret_plots.summary(own, known)
+        body += tables.regret_table(regret_plots.means(frame), {group.label: len(group.runs) for group in own})
+        body += f"<p>Regret of every run: {csv_link('regret', frame)}</p>"
     if left_out:
-        names = ", ".join(group.label for group in left_out)
         body += paragraph(
-            f"Left out, as each takes a second or more here: {names}; write_regret_figures of fedsim.plots draws them.",
+            f"Left out, as all would take long here: {', '.join(left_out)}; write_regret_figures of fedsim.plots draws "
+            "them.",
             "note",
         )
-    return Section("policy", "Arms and regret", body + bullets(failed))
+    return body + bullets(failed)
+
+
+def _judged(groups: Sequence[Group]) -> tuple[list[tuple[str, Run]], list[str]]:
+    """Runs whose regret is computed, by label, and what is left out: seed by seed, so that methods stay paired.
+
+    Of the first seed as many methods as `JUDGED_ROWS` allows, at least one; a further seed of all methods or of none.
+    """
+    judged: list[tuple[str, Run]] = []
+    left_out: list[str] = []
+    rows = 0
+    for place in range(max(len(group.runs) for group in groups)):
+        wave = [(group.label, list(group.runs.values())[place]) for group in groups if len(group.runs) > place]
+        if place == 0:
+            for label, run in wave:
+                rows += len(run.client_rounds)
+                if rows <= JUDGED_ROWS or not judged:
+                    judged.append((label, run))
+                else:
+                    left_out.append(label)
+            continue
+        rows += sum(len(run.client_rounds) for _, run in wave)
+        if left_out or rows > JUDGED_ROWS:
+            break
+        judged += wave
+    return judged, left_out
 
 
 def resources(material: Material) -> Section:
     """Traffic, energy and memory."""
-    book = Sketchbook()
+    book = Sketchbook(wide=True)
     frame = summary_frames.resources(material.groups[:PANELS])
     summary_plots.draw_resources(frame, material.classes, material.comparison.clock, material.mark, book)
-    body = book.html("resources", "Traffic, energy and memory by method", "By device class.")
+    body = book.html("resources", "By method and device class", "Simulated or counted by the cost model.")
     return Section("resources", "Traffic, energy and memory", body + _cut_note(material.groups))
 
 
@@ -192,21 +237,23 @@ def structure(material: Material) -> Section | None:
     """What each layer keeps."""
     kept = {}
     for group in material.groups[:PANELS]:
-        table = kept_structures(next(iter(group.runs.values())), material.states[group.label])
+        table = kept_structures(first_run(group), material.states[group.label])
         if len(table):
             kept[group.label] = table
     if not kept:
         return None
-    book, frame = Sketchbook(), summary_frames.structures(kept)
+    book, frame = Sketchbook(wide=True), summary_frames.structures(kept)
     summary_plots.draw_structures(frame, material.comparison.clock, material.mark, book)
-    body = book.html("structure", "Kept heads and channels by layer", "Of the learner's model, after the final cut.")
+    body = book.html(
+        "structure", "Kept heads and channels by layer", "Counted in the learner's model, after the final cut."
+    )
     body += details("Numbers by layer", tables.structure_table(frame))
     return Section("structure", "Pruned structure", body + _cut_note(material.groups))
 
 
 def provenance(material: Material) -> Section:
     """Runs, versions, data, and the resolved configuration."""
-    runs = [run for group in material.groups for run in group.runs.values()]
+    runs = material.runs
     differing, shared = tables.config_tables(material.groups)
     body = tables.runs_table(material.groups)
     body += tables.facts_table([run.manifest for run in runs], _FACTS)
@@ -215,21 +262,19 @@ def provenance(material: Material) -> Section:
 
 
 def _policy(group: Group) -> str:
-    run = next(iter(group.runs.values()))
-    return str((run.config.get("control") or {}).get("policy"))
+    return str((first_run(group).config.get("control") or {}).get("policy"))
 
 
-def _regrets(groups: Sequence[Group]) -> tuple[dict[Path, Regret], list[str]]:
-    """Regret of each group's first run, and why there is none of others."""
+def _regrets(judged: Sequence[tuple[str, Run]]) -> tuple[dict[Path, Regret], list[str]]:
+    """Regret of each run, and why there is none of others."""
     known: dict[Path, Regret] = {}
-    failed = []
-    for group in groups:
-        run = next(iter(group.runs.values()))
+    failed: dict[str, None] = {}
+    for label, run in judged:
         try:
             known[run.path] = regret(run)
         except FedsimError as error:
-            failed.append(f"{group.label}: {error}")
-    return known, failed
+            failed[f"{label}, seed {run.seed}: {error}"] = None
+    return known, list(failed)
 
 
 def _cut_note(groups: Sequence[Group]) -> str:

@@ -25,26 +25,26 @@ def summary_table(comparison: Comparison) -> str:
     joule_unit, joule_scale = scale(rows["energy_j"].max(), "J")
     target = comparison.target_accuracy
     header = ["method", "seeds"]
-    header += [] if target is None else [f"simulated s to accuracy {target:.4g}"]
-    header += [f"speedup over {comparison.baseline} [95%]"]
-    header += [] if target is None else ["accuracy, final" + (", SURROGATE" if comparison.is_surrogate else "")]
-    header += [] if target is None else [f"points over {comparison.baseline} [95%]"]
-    header += ["sparsity, mean (devices)", "total, simulated s", "idle"]
-    header += [] if comparison.fastest_class is None else [f"idle, {comparison.fastest_class}"]
+    header += [] if target is None else [f"s to accuracy {target:.4g}"]
+    header += [f"speedup over {comparison.baseline}"]
+    header += [] if target is None else ["final accuracy" + (", SURROGATE" if comparison.is_surrogate else "")]
+    header += [] if target is None else [f"points over {comparison.baseline}"]
+    header += ["sparsity (devices)", "total, simulated s", "idle"]
+    header += [] if comparison.fastest_class is None else [f"idle of {comparison.fastest_class}"]
     header += [f"traffic, {byte_unit}", f"energy, {joule_unit}", "host time, s"]
     body = []
     for _, row in rows.iterrows():
         cells: list[Cell | str] = [row["method"], _seeds(row)]
         if target is not None:
-            cells.append(_number(time_text(row), row["time_to_target_s"]))
-        cells.append(_number(speedup_text(row, comparison.baseline), row["speedup"]))
+            cells.append(_split(time_text(row), row["time_to_target_s"]))
+        cells.append(_split(speedup_text(row, comparison.baseline), row["speedup"]))
         if target is not None:
             spread = row["accuracy_final_sd"]
-            accuracy = number_text(row["accuracy_final"], ".3f") + ("" if math.isnan(spread) else f" ± {spread:.3f}")
-            cells.append(_number(accuracy, row["accuracy_final"]))
-            cells.append(_number(_gain(row, comparison.baseline), row["accuracy_gain"]))
+            note = "" if math.isnan(spread) else f"± {spread:.3f}"
+            cells.append(Cell(number_text(row["accuracy_final"], ".3f"), float(row["accuracy_final"]), note))
+            cells.append(_split(_gain(row, comparison.baseline), row["accuracy_gain"]))
         cells += [
-            _number(sparsity_text(row), row["sparsity"]),
+            _split(sparsity_text(row), row["sparsity"]),
             _number(seconds_text(row["simulated_s"]), row["simulated_s"]),
             _number(number_text(row["idle_fraction"], ".1%"), row["idle_fraction"]),
         ]
@@ -53,10 +53,14 @@ def summary_table(comparison: Comparison) -> str:
         cells += [
             _number(number_text(row["traffic_bytes"] / byte_scale, ".2f"), row["traffic_bytes"]),
             _number(number_text(row["energy_j"] / joule_scale, ".2f"), row["energy_j"]),
-            _number(number_text(row["host_s"], ".0f"), row["host_s"]),
+            _number(number_text(row["host_s"], ".0f" if row["host_s"] >= 10 else ".1f"), row["host_s"]),
         ]
         body.append(cells)
-    return table(header, body, "Means over seeds; ± is their standard deviation. Host time is this computer's.")
+    caption = (
+        "Means over seeds; ± is their standard deviation, [ ] a 95% interval. Times to accuracy are simulated seconds; "
+        "host time is this computer's."
+    )
+    return table(header, body, caption)
 
 
 def critical_table(paths: pd.DataFrame, top: int) -> str:
@@ -109,21 +113,42 @@ def structure_table(frame: pd.DataFrame) -> str:
     return table(header, rows, "What the devices keep at the end, first seed.")
 
 
-def regret_table(frame: pd.DataFrame) -> str:
-    """Regret of the runs that were judged (rows of `fedsim.plots.regret.summary`)."""
-    rows = [
-        [
-            row["method"],
-            Cell(str(row["seed"]), row["seed"]),
-            _number(f"{row['total_s']:.0f}", row["total_s"]),
-            _number(f"{row['relative']:.0%}", row["relative"]),
-            _number(f"{row['cold_start_s']:.0f}", row["cold_start_s"]),
-            _number(number_text(row["settled_s_per_round"], ".2f"), row["settled_s_per_round"]),
-        ]
-        for _, row in frame.iterrows()
-    ]
-    header = ["method", "seed", "regret, simulated s", "of the oracle's time", "cold start, s", "settled, s a round"]
-    return table(header, rows, "Simulated seconds lost against the oracle at the same mean ratio, jitter left out.")
+def regret_table(frame: pd.DataFrame, runs: Mapping[str, int]) -> str:
+    """Mean regret of each method (rows of `fedsim.plots.regret.means`): its parts, and their sum.
+
+    Args:
+        runs: how many runs each method has; more than were judged are told.
+    """
+    rows = []
+    for _, row in frame.iterrows():
+        judged, rest = int(row["runs"]), row["rounds"] - row["warmup_rounds"] - row["cold_start_rounds"]
+        spread = row["total_sd"]
+        rows.append(
+            [
+                row["method"],
+                Cell(f"{judged}" if judged == runs[row["method"]] else f"{judged} of {runs[row['method']]}", judged),
+                _regret(row["warmup_s"], row["warmup_rounds"]),
+                _regret(row["cold_start_s"], row["cold_start_rounds"]),
+                _regret(row["settled_s"], rest),
+                Cell(f"{row['total_s']:.1f}", row["total_s"], "" if math.isnan(spread) else f"± {spread:.1f}"),
+                _number(f"{row['relative']:.1%}", row["relative"]),
+                _number(number_text(row["settled_s_per_round"], ".2f"), row["settled_s_per_round"]),
+            ]
+        )
+    header = ["method", "runs", "warm-up, s", "cold start, s", "settled, s", "total, s", "of the oracle's time"]
+    caption = (
+        "Simulated seconds lost against the oracle at the same mean ratio, jitter left out: means over the judged runs "
+        "(one for each seed), ± their standard deviation. Warm-up, cold start and settled add up to the total, up to "
+        "rounding."
+    )
+    return table([*header, "settled, s a round"], rows, caption)
+
+
+def _regret(seconds: float, rounds: float) -> Cell:
+    """Seconds lost in so many rounds; no number where there are none."""
+    if rounds <= 0:
+        return Cell("-", math.nan, "no round")
+    return Cell(f"{seconds:.1f}", seconds, f"{rounds:.0f} round{'' if rounds == 1 else 's'}")
 
 
 def runs_table(groups: Sequence[Group]) -> str:
@@ -224,6 +249,15 @@ def _gain(row: Any, baseline: str) -> str:
 
 def _seconds(value: Any) -> Cell:
     return Cell("-", math.nan) if value is None else _number(seconds_text(float(value)), float(value))
+
+
+def _split(text: str, value: float) -> Cell:
+    """A number whose interval, range or count stands under it."""
+    for bracket in (" [", " ("):
+        if bracket in text:
+            first, _, rest = text.partition(bracket)
+            return Cell(first, float(value), bracket.strip() + rest)
+    return Cell(text, float(value))
 
 
 def _number(text: str, value: float) -> Cell:

@@ -1,6 +1,7 @@
 """Failure signatures on made-up records: silent on healthy ones, found where they were put."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ from made_up import write_run
 from fedsim.control.reward import RewardModel
 from fedsim.control.schedule import default_step_max
 from fedsim.errors import RunError
+from fedsim.experiment.config import build_config
 from fedsim.experiment.critical import critical_path
 from fedsim.experiment.diagnosis import (
     NotJudged,
@@ -20,7 +22,7 @@ from fedsim.experiment.diagnosis import (
     straggler_persistence,
 )
 from fedsim.experiment.results import Run, load
-from fedsim.experiment.reward_terms import reward_of, reward_terms
+from fedsim.experiment.reward_terms import missing_losses, reward_of, reward_terms
 from fedsim.settings import Config, RewardSettings
 
 ROUNDS, CLIENTS = 30, 20
@@ -280,3 +282,19 @@ def test_a_whole_run_says_what_could_not_be_judged(tmp_path):
     verdict = diagnose(bare, {})
     assert verdict.silent == ("accuracy_collapse",)
     assert set(verdict.not_judged.values()) == {"the run recorded no clients"}
+
+
+def test_ranks_by_class_read_no_rewards():
+    """Nobody is misled by a reward that nobody reads."""
+    config = build_config({"method": "hetlora", "train": {"engine": "none"}})
+    run = Run(Path("made-up"), config.model_dump(mode="json"), {"status": "finished"})
+    with pytest.raises(RunError, match="static_rank does not read rewards"):
+        reward_terms(run)
+    assert missing_losses(run) is None
+
+
+def test_what_stood_in_for_losses_follows_the_kind_of_reward():
+    for kind, said in (("product", "no learning term"), ("fedmp", "every loss reduction counted as 1")):
+        config = build_config({"method": "fedspine", "train": {"engine": "none"}, "reward": {"kind": kind}})
+        run = Run(Path("made-up"), config.model_dump(mode="json"), {"status": "finished"})
+        assert said in missing_losses(run)

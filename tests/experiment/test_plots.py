@@ -177,3 +177,71 @@ def test_a_timeline_reaches_to_the_end_of_its_longest_round():
     figures.draw_timeline(frame, "", None, lambda figure, *_: limits.extend(axes.get_xlim() for axes in figure.axes))
     assert len(limits) == 2
     assert all(low == 0.0 and 20.0 < high < 22.0 for low, high in limits)
+
+
+def timeline_rows(method: str, seconds: dict[str, float], devices: list[str]) -> pd.DataFrame:
+    phases = {f"{phase}_s": [seconds.get(phase, 0.0)] * len(devices) for phase in frames.PHASES}
+    about = {"method": method, "seed": 0, "round": 1, "client": range(len(devices)), "mode": "m", "outcome": "ok"}
+    return pd.DataFrame({**about, "device": devices, **phases})
+
+
+def test_waiting_is_hatched_and_named_only_where_somebody_waits():
+    from fedsim.plots import figures
+
+    legends = []
+
+    def sink(figure, *_):
+        legend = figure.legends[0]
+        names = [text.get_text() for text in legend.get_texts()]
+        legends.append(dict(zip(names, legend.legend_handles, strict=True)))
+
+    figures.draw_timeline(timeline_rows("a", {"wait": 2.0, "compute": 1.0}, ["x"]), "", None, sink)
+    figures.draw_timeline(timeline_rows("a", {"compute": 1.0, "idle": 1.0}, ["x"]), "", None, sink)
+    assert list(legends[0]) == ["wait", "compute"]
+    assert legends[0]["wait"].get_hatch()
+    assert not legends[0]["compute"].get_hatch()
+    assert list(legends[1]) == ["compute", "idle"]
+
+
+def test_each_panel_of_a_timeline_names_its_own_classes():
+    """Other clients take part in another round; the names of the first panel would be wrong beside the second."""
+    from fedsim.plots import figures
+
+    named = []
+
+    def sink(figure, *_):
+        named.append([[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes])
+
+    one, other = ["x", "x", "y"], ["x", "y", "y"]
+    for second in (one, other):
+        rows = [timeline_rows("a", {"compute": 1.0}, one), timeline_rows("b", {"compute": 2.0}, second)]
+        figures.draw_timeline(pd.concat(rows, ignore_index=True), "", None, sink)
+    assert named == [[["x", "y"], ["", ""]], [["x", "y"], ["x", "y"]]]
+
+
+def test_legends_lie_within_their_figure():
+    from fedsim.plots import summary
+    from fedsim.plots.style import settle
+
+    classes = ["jetson-tx2", "jetson-xavier-nx", "jetson-agx-xavier"]
+    frame = pd.DataFrame({"method": "a", "device": classes, "cause": ["compute", "link", "wait"], "share": 1 / 3})
+    boxes = []
+
+    def sink(figure, frame, *_):
+        settle(figure, frame, None)
+        boxes.append((figure.legends[0].get_window_extent(figure.canvas.get_renderer()), figure.bbox))
+
+    summary.draw_critical(frame, classes, "", None, sink)
+    legend, figure = boxes[0]
+    assert figure.x0 <= legend.x0 < legend.x1 <= figure.x1
+
+
+def test_a_page_takes_the_caption_off_and_gets_its_text():
+    from fedsim.plots.style import canvas, caption, without_caption
+
+    said = "Bold: mean over seeds. " * 12
+    with canvas(6.4, 4.0) as figure:
+        caption(figure, said)
+        assert without_caption(figure) == said.strip()
+        assert figure.texts == []
+        assert without_caption(figure) == ""

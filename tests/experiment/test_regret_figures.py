@@ -76,3 +76,35 @@ def test_more_methods_than_a_row_and_runs_without_clients(runs, tmp_path):
     with pytest.raises(RunError, match="no regret to draw"):
         write_regret_figures([bare], tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_cold_start_ends_with_its_run_and_begins_after_its_own_warm_up(runs):
+    """The rounds asked for are more than the run has; each line marks its own."""
+    from fedsim.experiment.belonging import group_runs
+    from fedsim.plots.regret import draw_cumulative_regret
+
+    known = {run.path: regret(run) for run in runs}
+    groups = group_runs(runs)[0]
+    seen = []
+
+    def sink(figure, *_):
+        axes = figure.axes[0]
+        cold = [line for line in axes.get_lines() if line.get_label() == "cold start"]
+        seen.append((axes.get_xlim(), axes.patches, [list(line.get_xdata()) for line in cold]))
+        assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "cold start"
+
+    draw_cumulative_regret(groups, known, "", None, sink)
+    limits, bands, cold = seen[0]
+    assert limits == (0.0, 7.0)
+    assert len(bands) == 0
+    assert cold == [[2, 3, 4, 5, 6, 7]] * 2
+
+
+def test_means_over_seeds_keep_the_parts(runs):
+    from fedsim.experiment.belonging import group_runs
+    from fedsim.plots.regret import means, summary
+
+    table = means(summary(group_runs(runs)[0], {run.path: regret(run) for run in runs}))
+    assert table["runs"].tolist() == [2, 2]
+    np.testing.assert_allclose(table["warmup_s"] + table["cold_start_s"] + table["settled_s"], table["total_s"])
+    assert (table["warmup_rounds"] == 2).all()
