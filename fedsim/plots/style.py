@@ -47,6 +47,8 @@ DPI = 160
 WIDTH_IN = 6.4
 """Of figures with one panel: two of them fit side by side on a page."""
 _CAPTION = "caption"
+_CHARACTERS_IN = 13.4
+"""Characters of a legend to an inch, at the size of `_SETTINGS`."""
 _SETTINGS = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -131,7 +133,9 @@ def svg_text(figure: Figure) -> str:
     Identifiers come from the content alone, so that equal ones on a page stand for equal things.
     """
     content = io.StringIO()
-    figure.patch.set_visible(False)  # what the page draws behind it, such as the cue that it scrolls, shall show
+    # What the page draws behind, such as the cue that it scrolls, shall show.
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_visible(False)
     figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})  # type: ignore[arg-type]
     text = content.getvalue()
     text = text[text.index("<svg") :].rstrip()
@@ -164,6 +168,7 @@ def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | 
 def wrapped(label: str, width: int = 34) -> str:
     """A long label (a method and the settings that tell it from its like) in lines, its keys without their sections."""
     short = re.sub(r"\b\w+\.(\w+)=", r"\1=", label)
+    short = re.sub(r"(\.\d{4})\d+", r"\1", short)  # 2 ** 0.5 in full is a line of its own
     lines = short.replace(" (", "\n(", 1).split("\n") if len(short) > width else [short]
     return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in lines)
 
@@ -171,13 +176,14 @@ def wrapped(label: str, width: int = 34) -> str:
 def columns_that_fit(labels: Sequence[str], width_in: float, most: int = 4) -> int:
     """How many columns of a legend fit over a figure."""
     longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
-    return max(1, min(most, len(labels), int(width_in * 11 / (longest + 8))))
+    return max(1, min(most, len(labels), int(width_in * _CHARACTERS_IN / (longest + 8))))
 
 
 def legend_in(labels: Sequence[str], columns: int) -> float:
     """Height of a legend beyond the one line that a figure has room for."""
-    lines = max((label.count("\n") + 1 for label in labels), default=1)
-    return 0.17 * (-(-len(labels) // columns) * lines - 1)
+    lines = [label.count("\n") + 1 for label in labels]
+    rows = -(-len(labels) // columns)
+    return 0.17 * (max((sum(lines[at : at + rows]) for at in range(0, len(lines), rows)), default=1) - 1)
 
 
 def whole_numbers(axes: Any) -> None:

@@ -40,7 +40,11 @@ def draw_speedups(frame: pd.DataFrame, of: str, baseline: str, text: str, mark: 
                 end = row["speedup_high"]
             elif not row["is_baseline"]:
                 label += ", no interval"
-            axes.annotate(label, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+            look: dict[str, Any] = {
+                "fontsize": 8,
+                "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            }
+            axes.annotate(label, (end, place), (5, 0), textcoords="offset points", va="center", **look)
         axes.axvline(1.0, color=_GREY, linewidth=0.8, linestyle="--")
         _rows_named(axes, frame["method"])
         axes.set_xlim(0, top * 1.25)

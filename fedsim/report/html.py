@@ -64,7 +64,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell | str]], caption: 
             f'<tr><th scope="row">{escaped(cells[0].text)}</th>' + "".join(_cell(cell) for cell in cells[1:]) + "</tr>"
         )
     return (
-        f'<div class="scroll" tabindex="0"><table{_class(kind)}><caption>{escaped(caption)}</caption>'
+        # The caption stands outside: it wraps where the table scrolls.
+        f'<p class="caption">{escaped(caption)}</p>'
+        f'<div class="scroll" tabindex="0"><table{_class(kind)} aria-label="{escaped(caption)}">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 

@@ -236,6 +236,28 @@ def test_legends_lie_within_their_figure():
     assert figure.x0 <= legend.x0 < legend.x1 <= figure.x1
 
 
+def test_a_legend_of_long_names_lies_within_its_figure(runs):
+    """Names of 34 characters a line, two to a row."""
+    from fedsim.experiment.belonging import Group
+    from fedsim.plots import figures
+    from fedsim.plots.style import settle
+
+    label = "fedspine (control.cut=middle, control.exploration=1.4142135623730951, control.policy=sucb{})"
+    groups = [Group(label.format(place), "fedspine", {(0, -1): runs[0]}) for place in range(4)]
+    boxes = []
+
+    def sink(figure, frame, *_):
+        settle(figure, frame, None)
+        legend = figure.axes[0].get_legend()
+        assert "exploration=1.4142," in legend.get_texts()[0].get_text()
+        boxes.append((legend.get_window_extent(figure.canvas.get_renderer()), figure.bbox))
+
+    figures.draw_accuracy(groups, "", None, sink)
+    legend, figure = boxes[0]
+    assert figure.x0 <= legend.x0 < legend.x1 <= figure.x1
+    assert figure.y0 <= legend.y0 < legend.y1 <= figure.y1
+
+
 def test_a_page_takes_the_caption_off_and_gets_its_text():
     from fedsim.plots.style import canvas, caption, without_caption
 
