@@ -9,11 +9,16 @@
   less. It starts from its own earlier arms, not from the run's: most of a round's steps run before its cut, so that an
   arm shows in the *next* rounds' times, and an oracle that had to start from the run's ratios would share its mistakes.
 * Regret of a round = the run's expected duration - the oracle's. It adds up to the expected seconds lost. A round's may
-  be negative (the oracle weighs ratios by the job that starts and ends at them); the oracle's own is zero.
+  be negative (the oracle weighs ratios by the job that starts and ends at them). That of a run under ``oracle`` is
+  zero, but where its policy was asked about other work (methods with rounds without importance, and ``stack``).
 * A device's regret in a round = what its own expected time has beyond the duration of the oracle's round, at least 0:
   the seconds by which it alone made the round longer. Where the server waits for all, the round's regret, if positive,
   is that of its slowest device.
+* The oracle is asked about the work that the clock would count in that round: without importance where the method
+  estimates none, and with the downloads that its own earlier rounds make.
 * The oracle chooses ranks too: a policy with a fixed rank pays for it in regret, though a larger rank may teach more.
+  It takes the largest that costs no time. Under ``stack`` (FLoRA) any rank costs time, as all download it later: there
+  it takes the smallest, and what a method loses by larger ones is regret too.
 * Cold-start cost = regret of the first rounds that may prune (of any round, for methods that do not prune): as many as
   it takes each device to take part `COLD_PARTICIPATIONS` times on average.
 
@@ -24,18 +29,19 @@ counts of layers under ``global`` selection (as if all lost the same share), and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from fedsim.control.balanced import Oracle
+from fedsim.control.solver import level
 from fedsim.errors import RunError
 from fedsim.experiment.build import build, participants_per_round
 from fedsim.experiment.config import build_config
 from fedsim.experiment.results import Run
 from fedsim.experiment.run import perturbation
+from fedsim.methods.broadcast import BROADCASTS
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.federation import Federation
 from fedsim.settings import Config
@@ -44,7 +50,19 @@ from fedsim.sim.protocol import sample_clients
 from fedsim.sim.rounds import ArrayRounds
 from fedsim.sim.timeline import report_of, trips_of
 from fedsim.sim.trace import Trace
-from fedsim.specs import Arms, Feedback, FloatArray, Outcome, Policy, RoundContext, RoundPlan, State
+from fedsim.specs import (
+    Arms,
+    Ask,
+    ExpectedTime,
+    Feedback,
+    FloatArray,
+    IntArray,
+    Outcome,
+    RoundContext,
+    RoundPlan,
+    State,
+    Work,
+)
 
 COLD_PARTICIPATIONS = 10
 """Rounds of its own in which a device counts as new: after as many `balanced` had settled."""
@@ -187,14 +205,17 @@ def _rebuilt(run: Run, config: Config, rows: pd.DataFrame) -> tuple[Fleet, Feder
     fleet = experiment.fleet
     links = replace(fleet.links, jitter_sigma=np.zeros_like(fleet.links.jitter_sigma))
     fleet = replace(fleet, links=links, compute_jitter_sigma=0.0)
-    parts = experiment.federation._parts
-    oracle = Oracle(ask=parts.ask, expected_time=fleet.expected_seconds)
+    parts = experiment.federation.parts
     means = rows.groupby("round")["prune_ratio_target"].mean().to_dict()
-    return (
-        fleet,
-        Federation(replace(parts, policy=_Recorded(rows))),
-        Federation(replace(parts, policy=_AtPlayedMean(oracle, means))),
+    best: Federation
+    policy = _AtPlayedMean(
+        lambda index, clients: best.round_ask(index, clients),
+        fleet.expected_seconds,
+        means,
+        smallest_ranks=config.aggregate.rule in BROADCASTS,
     )
+    best = Federation(replace(parts, policy=policy))
+    return fleet, Federation(replace(parts, policy=_Recorded(rows))), best
 
 
 class _LearnsNothing:
@@ -224,11 +245,26 @@ class _Recorded(_LearnsNothing):
 
 
 class _AtPlayedMean(_LearnsNothing):
-    """The oracle at the run's own mean ratio of each round, where that is not the schedule itself."""
+    """The oracle at the run's own mean ratio of each round, where that is not the schedule itself.
 
-    def __init__(self, oracle: Policy, mean_ratio: dict[int, float]) -> None:
-        self._oracle = oracle
+    Args:
+        asks: what a round's arms ask of its participants, from the federation that it plays in.
+        mean_ratio: of the run, by round.
+        smallest_ranks: whether every rank is the smallest on offer.
+    """
+
+    def __init__(
+        self,
+        asks: Callable[[int, IntArray], Ask],
+        expected_time: ExpectedTime,
+        mean_ratio: dict[int, float],
+        *,
+        smallest_ranks: bool,
+    ) -> None:
+        self._asks = asks
+        self._expected_time = expected_time
         self._mean_ratio = mean_ratio
+        self._smallest_ranks = smallest_ranks
 
     def select(self, context: RoundContext) -> Arms:
         """The oracle's arms."""
@@ -237,7 +273,21 @@ class _AtPlayedMean(_LearnsNothing):
         # What only rounding tells apart must not move the oracle's deadline from one step of the ratios to the next.
         if abs(mean - reachable) > _ON_SCHEDULE:
             context = replace(context, schedule_ratio=mean)
-        return self._oracle.select(context)
+
+        def times(clients: IntArray, work: Work) -> FloatArray:
+            return self._expected_time(context.round_index, clients, _of_some(work, context.clients, clients))
+
+        highest = np.zeros(len(context.clients), dtype=np.int64) if self._smallest_ranks else None
+        return level(context, self._asks(context.round_index, context.clients), times, highest_rank=highest)
+
+
+def _of_some(work: Work, participants: IntArray, clients: IntArray) -> Work:
+    """The work of some of the participants (ascending): the solver asks about a part of a large round at a time."""
+    if len(clients) == len(participants):
+        return work
+    rows = np.searchsorted(participants, clients)
+    taken = {name: value[rows] for name, value in vars(work).items() if np.shape(value)[:1] == participants.shape}
+    return replace(work, **taken)
 
 
 def _play(

@@ -14,7 +14,6 @@ their updates arrive. A cut of the whole fleet (`Method.cuts_after`) takes no si
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from fedsim.control.schedule import default_step_max, feasible_bounds, ratio_cap
 from fedsim.errors import ConfigError
 from fedsim.methods.base import Method
 from fedsim.methods.broadcast import Broadcast, broadcast_of
+from fedsim.methods.round_ask import RoundAsk
 from fedsim.settings import Config
 from fedsim.specs import (
     Arms,
@@ -45,7 +45,6 @@ from fedsim.specs import (
     RoundPlan,
     RoundReport,
     State,
-    Work,
 )
 
 _RATIO_SLACK = 1e-6
@@ -107,10 +106,8 @@ class Federation:
         _check_arms(parts.config, context, arms)
         ratio = np.clip(arms.ratio, context.ratio_low, context.ratio_high)
         rank = np.minimum(arms.rank, self._rank_limit[clients])
-        estimates = parts.method.estimates(round_index, parts.config)
-        ask = parts.ask if estimates or parts.quiet_ask is None else parts.quiet_ask
-        work = self._priced(clients, rank, lambda ranks: ask.work(before, ratio, ranks))
-        plan = RoundPlan(round_index, clients, before, ratio, rank, work)
+        ask = self.round_ask(round_index, clients)
+        plan = RoundPlan(round_index, clients, before, ratio, rank, ask.work(before, ratio, rank))
         rate = self._learning_rate(round_index)
         iterative = parts.method.prunes and parts.method.iterative
         prune = iterative and round_index >= parts.config.prune_warmup_rounds
@@ -124,13 +121,13 @@ class Federation:
                 local_steps=parts.config.train.local_steps,
                 recovery_steps=parts.config.local_recovery_steps if parts.method.prunes else 0,
                 learning_rate=rate,
-                estimate=estimates,
+                estimate=parts.method.estimates(round_index, parts.config),
             )
         )
         if prune and parts.config.prune.selection == "global":
             results = parts.learner.result(self._tickets)
             kept = (*results.kept_before, *results.kept_after)
-            plan = replace(plan, work=self._priced(clients, rank, lambda ranks: ask.work_of_counts(*kept, ranks)))
+            plan = replace(plan, work=ask.work_of_counts(*kept, rank))
             self._tickets, self._results = None, results
         self._plan = plan
         return plan
@@ -196,7 +193,19 @@ class Federation:
             accuracy_consensus=evaluation.accuracy_consensus if evaluation else None,
         )
 
-    # -- what the run asks ------------------------------------------------------------------------------------------
+    # -- what the run and the regret ask -------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> Parts:
+        """What it is made of: another policy in its place makes another federation of the same run."""
+        return self._parts
+
+    def round_ask(self, round_index: int, clients: IntArray) -> RoundAsk:
+        """What arms ask of these participants in the round that opens next: as their jobs will be priced."""
+        parts = self._parts
+        estimates = parts.method.estimates(round_index, parts.config)
+        ask = parts.ask if estimates or parts.quiet_ask is None else parts.quiet_ask
+        return RoundAsk(ask, self._broadcast, clients)
 
     def final_sparsity(self) -> FinalSparsity:
         """Achieved pruning ratios over all clients, as they stand."""
@@ -236,11 +245,6 @@ class Federation:
             ("reward", parts.reward),
             ("broadcast", self._broadcast),
         )
-
-    def _priced(self, clients: IntArray, rank: IntArray, work_at: Callable[[IntArray], Work]) -> Work:
-        """Work of jobs at `rank`, with the download that the broadcast really makes."""
-        work, received = work_at(rank), self._broadcast.received_rank(clients, rank)
-        return work if received is rank else replace(work, download_bytes=work_at(received).download_bytes)
 
     def _follow_ranks(self, results: LocalResults, asked: IntArray) -> None:
         """Note what was merged, and who came back with fewer components than asked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -9,8 +10,15 @@ import pandas as pd
 import pytest
 
 import fedsim
+from fedsim.cost.shapes import load_shape
 from fedsim.errors import RunError
-from fedsim.experiment.regret import regret
+from fedsim.experiment.build import build_ask
+from fedsim.experiment.config import build_config
+from fedsim.experiment.regret import _of_some, regret
+from fedsim.methods.catalogue import METHODS as KNOWN
+from fedsim.methods.catalogue import method_named
+from fedsim.sim.fleet import load_fleet
+from fedsim.specs import Work
 
 CALM = """
 name: calm
@@ -70,6 +78,95 @@ def test_expected_times_are_those_of_a_run_without_jitter(calm, policy):
         own.arms[["round", "client", "prune_ratio_target", "lora_rank"]],
         rows[["round", "client", "prune_ratio_target", "lora_rank"]],
     )
+
+
+METHODS = {
+    "fedspine": "sucb",
+    "fedspine_uniform": "uniform",
+    "fedspine_balanced": "balanced",
+    "fedlora": "uniform",
+    "hetlora": "static_rank",
+    "flexlora": "static_rank",
+    "flora": "static_rank",
+    "prune_then_tune": "uniform",
+    "tune_then_prune": "uniform",
+    "fedapt": "rank_growth",
+    "fedmp": "e_ucb",
+}
+"""Every method, with its policy."""
+BUILT_IN = set(KNOWN)  # now: other tests may register methods of their own
+SOME = {"server.clients_per_round": 6, "prune.recovery_rounds": 8}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_times_are_those_of_its_run(calm, method):
+    """Among them stacks that clients fetch late, and rounds in which no importance is estimated."""
+    run = calm(METHODS[method], method=method, **SOME)
+    own = regret(run)
+    np.testing.assert_allclose(own.rounds["expected_s"], run.rounds["duration_s"], rtol=1e-12)
+    assert (own.rounds["oracle_s"] > 0).all()
+    assert own.total_s >= 0
+
+
+def test_every_method_is_tested():
+    assert set(METHODS) == BUILT_IN
+
+
+@pytest.mark.parametrize("method", ["fedlora", "hetlora", "flora", "prune_then_tune", "tune_then_prune"])
+def test_the_oracles_rounds_by_brute_force(calm, method):
+    """Where no device chooses its ratio, each rank of each device is priced alone, on the job that it really does.
+
+    Under stacks the download is that of all ranks merged since the client last took part, and the rank the smallest.
+    """
+    run = calm(METHODS[method], method=method, **SOME)
+    config = build_config(run.config)
+    kind, shape = method_named(config.method), load_shape(config.model.name, 2)
+    fleet = load_fleet(config.fleet, config.cost.precision, config.seed)
+    sent, received = 0, dict.fromkeys(range(16), 0)
+    quiet = 0
+    for index, arms in regret(run).arms.groupby("round"):
+        estimates = kind.estimates(index, config)
+        quiet += not estimates
+        ask = build_ask(config, kind, shape, shape, estimates=estimates)
+        times_s = {}
+        for client, ratio in zip(arms["client"], arms["oracle_ratio"], strict=True):
+            for rank in ask.ranks.tolist():
+                work = ask.work(ratio, ratio, rank)
+                if method == "flora":
+                    fetched = ask.work(ratio, ratio, sent - received[client]).download_bytes
+                    work = dataclasses.replace(work, download_bytes=fetched)
+                times_s[client, rank] = fleet.expected_seconds(index, np.array([client]), work).item()
+        clients, smallest = arms["client"].tolist(), int(ask.ranks[0])
+        deadline_s = max(times_s[client, smallest] for client in clients)
+        largest = {
+            client: max(rank for rank in ask.ranks.tolist() if times_s[client, rank] <= deadline_s * (1 + 1e-12))
+            for client in clients
+        }
+        chosen = {client: smallest if method == "flora" else largest[client] for client in clients}
+        assert arms["oracle_rank"].tolist() == [chosen[client] for client in clients]
+        expected = [times_s[client, chosen[client]] for client in clients]
+        np.testing.assert_allclose(arms["oracle_expected_s"], expected, rtol=1e-9)
+        for client in clients:
+            received[client] = sent
+        sent += sum(chosen.values())
+    # prune_then_tune estimates in its first round alone, tune_then_prune in the last before its cut.
+    assert (quiet > 0) == (method in ("prune_then_tune", "tune_then_prune"))
+
+
+def test_larger_ranks_cost_time_under_stacks(calm):
+    """No choice of ranks is faster than the oracle's: others only make later downloads longer."""
+    own = regret(calm("static_rank", method="flora", **SOME))
+    assert (own.rounds["regret_s"] >= -1e-9).all()
+    assert own.rounds["regret_s"].iloc[-6:].mean() > own.rounds["regret_s"].iloc[0]
+
+
+def test_a_part_of_a_large_rounds_work_is_that_of_its_clients():
+    work = Work(*(np.arange(12.0).reshape(6, 2),) * 3, np.ones((1, 2)), np.arange(6.0)[:, None], np.array(3.0))
+    some = _of_some(work, np.array([1, 3, 5, 7, 9, 11]), np.array([5, 7]))
+    np.testing.assert_array_equal(some.flops, [[4, 5], [6, 7]])
+    np.testing.assert_array_equal(some.download_bytes, [[2], [3]])
+    assert some.peak_memory_bytes is work.peak_memory_bytes
+    assert some.upload_bytes is work.upload_bytes
 
 
 @pytest.mark.parametrize("policy", POLICIES)
