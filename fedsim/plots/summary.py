@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def draw_speedups(frame: pd.DataFrame, of: str, baseline: str, text: str, mark: 
         axes.axvline(1.0, color=_GREY, linewidth=0.8, linestyle="--")
         _rows_named(axes, frame["method"])
         axes.set_xlim(0, top * 1.25)
-        axes.set_xlabel(f"speedup over {baseline}: {of}")
+        axes.set_xlabel(textwrap.fill(f"speedup over {baseline}: {of}", 55))
         caption(figure, "Paired by seed, geometric mean; whiskers: 95% bootstrap interval over seeds. " + text)
         sink(figure, frame, "speedup", mark)
 
@@ -80,7 +81,7 @@ def draw_critical(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: 
         _rows_named(axes, methods)
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(_percent())
-        axes.set_xlabel("share of rounds, by the class of the last client to finish, and what held it up")
+        axes.set_xlabel("share of rounds: class of the last to finish, and cause")
         figure.legend(handles=handles, loc="outside upper center", ncols=columns)
         caption(figure, "All seeds. Cause: where that client exceeds the round's median client most. " + text)
         sink(figure, frame, "critical_path", mark)

@@ -152,7 +152,8 @@ def _regret(seconds: float, rounds: float) -> Cell:
 
 
 def runs_table(groups: Sequence[Group]) -> str:
-    """Every run: where it lies and what made it."""
+    """Every run: where it lies and what made it. Draws of the device profiles have a column where there are any."""
+    drawn = any(draw >= 0 for group in groups for _, draw in group.runs)
     rows: list[list[Cell | str]] = []
     for group in groups:
         for (seed, draw), run in group.runs.items():
@@ -163,7 +164,7 @@ def runs_table(groups: Sequence[Group]) -> str:
                 [
                     group.label,
                     Cell(str(seed), seed),
-                    "-" if draw < 0 else str(draw),
+                    *(["-" if draw < 0 else str(draw)] if drawn else []),
                     str(manifest.get("engine", "-")),
                     _seconds(manifest.get("simulated_s")),
                     _seconds(manifest.get("host_s")),
@@ -173,18 +174,8 @@ def runs_table(groups: Sequence[Group]) -> str:
                     str(run.path),
                 ]
             )
-    header = [
-        "method",
-        "seed",
-        "profile draw",
-        "engine",
-        "simulated s",
-        "host s",
-        "config",
-        "trace",
-        "commit",
-        "folder",
-    ]
+    header = ["method", "seed", *(["profile draw"] if drawn else [])]
+    header += ["engine", "simulated s", "host s", "config", "trace", "commit", "folder"]
     return table(header, rows, f"Hashes by their first {_HASH_SHOWN} digits.")
 
 

@@ -302,6 +302,40 @@ def test_cells_carry_the_number_they_are_sorted_by():
     assert '<td class="number" data-value="nan">-</td>' in html
 
 
+def test_draws_of_the_profiles_have_a_column_where_there_are_any(tmp_path):
+    runs = [
+        load(write_run(tmp_path / f"{draw}", rounds=2, clients=8, manifest={"profile_draw": draw})) for draw in (0, 1)
+    ]
+    assert "profile draw" in report_html(runs, "t")
+    plain = load(write_run(tmp_path / "plain", rounds=2, clients=8))
+    assert "profile draw" not in report_html([plain], "t")
+
+
+def test_intervals_stand_under_their_number_and_captions_outside_what_scrolls():
+    html = table(["a", "b"], [["x", Cell("1.2x", 1.2, "[1.1, 1.3]")]], "about it")
+    assert '<td class="number" data-value="1.2">1.2x <small>[1.1, 1.3]</small></td>' in html
+    assert '<th scope="col" class="number">b</th>' in html
+    assert html.index("about it</p>") < html.index('class="scroll"')
+
+
+def test_figures_stand_in_pairs_or_fill_the_page(folder, text, tmp_path):
+    """One alone is wide: half a page would lie empty beside it."""
+    assert text.count('<figure class="half">') == 4
+    assert text.count('<figure class="wide">') == 4
+    one = report_html([load(folder / "fedlora-0")], "t")
+    assert '<figure class="wide"><h3>Accuracy over simulated time' in one
+    timing = [load(write_run(tmp_path / name, name, rounds=4, clients=8, with_accuracy=False)) for name in METHODS[:2]]
+    assert '<figure class="wide"><h3>Speedup by method' in report_html(timing, "t")
+
+
+def test_captions_are_text_and_say_what_kind_of_number_they_show(text):
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.DOTALL)
+    assert len(captions) == 8
+    assert all("reconstruction." in caption and ">CSV</a>" in caption for caption in captions)
+    kinds = ("Ratio of simulated", "Measured", "Simulated", "Recorded", "Reconstructed")
+    assert all(caption.startswith(kinds) for caption in captions)
+
+
 def test_a_csv_link_holds_the_table():
     frame = pd.DataFrame({"name": ["a,b", 'q"#%'], "value": [1 / 3, np.nan]})
     href = re.search(r'href="([^"]*)"', csv_link("x", frame))[1]
