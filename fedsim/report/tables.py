@@ -16,6 +16,8 @@ from fedsim.experiment.progress import seconds_text
 from fedsim.report.html import Cell, table
 
 _HASH_SHOWN = 12
+_VALUES = 8
+"""Most values of one fact that are named."""
 
 
 def summary_table(comparison: Comparison) -> str:
@@ -183,11 +185,14 @@ def facts_table(manifests: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> 
     """A row per key of the manifests; where runs differ, all values."""
     rows = []
     for key in keys:
-        flat = [flattened({key: manifest[key]}) for manifest in manifests if manifest.get(key) is not None]
+        held = [manifest[key] for manifest in manifests if manifest.get(key) is not None]
+        flat = [flattened({key: "; ".join(map(str, one)) if isinstance(one, list) else one}) for one in held]
         parts = []
         for name in dict.fromkeys(name for facts in flat for name in facts):
             values = list(dict.fromkeys(facts[name] for facts in flat if name in facts))
-            shown = " or ".join(values[:4]) + (f" or {len(values) - 4} more" if len(values) > 4 else "")
+            shown = " or ".join(values[:_VALUES]) + (
+                f" or {len(values) - _VALUES} more" if len(values) > _VALUES else ""
+            )
             parts.append(f"{name.removeprefix(key).lstrip('.')} {shown}".strip())
         if parts:
             rows.append([key, ", ".join(parts)])

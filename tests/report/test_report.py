@@ -311,6 +311,11 @@ def test_draws_of_the_profiles_have_a_column_where_there_are_any(tmp_path):
     assert "profile draw" not in report_html([plain], "t")
 
 
+def test_sources_read_as_text(tmp_path):
+    run = load(write_run(tmp_path / "run", rounds=2, clients=8, manifest={"sources": ["FedIT, arXiv 1", "another"]}))
+    assert "<td>FedIT, arXiv 1; another</td>" in report_html([run], "t")
+
+
 def test_intervals_stand_under_their_number_and_captions_outside_what_scrolls():
     html = table(["a", "b"], [["x", Cell("1.2x", 1.2, "[1.1, 1.3]")]], "about it")
     assert '<td class="number" data-value="1.2">1.2x <small>[1.1, 1.3]</small></td>' in html
