@@ -62,7 +62,7 @@ def summary_table(comparison: Comparison) -> str:
         "Means over seeds; ± is their standard deviation, [ ] a 95% interval. Times to accuracy are simulated seconds; "
         "host time is this computer's."
     )
-    return table(header, body, caption)
+    return table(header, body, caption, "sortable dense")
 
 
 def critical_table(paths: pd.DataFrame, top: int) -> str:
