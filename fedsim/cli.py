@@ -272,13 +272,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> None:
     from fedsim.experiment.compare import compare
-    from fedsim.experiment.comparison_text import comparison_text
     from fedsim.experiment.results import find_runs
     from fedsim.sweeps.notes import sweep_notes
 
     runs = find_runs(arguments.directories)
     comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))
-    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison_text(comparison))
+    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
     if arguments.out is not None:
         from fedsim.plots import write_figures
 

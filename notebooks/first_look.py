@@ -17,7 +17,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from fedsim.experiment.compare import compare
-from fedsim.experiment.comparison_text import comparison_text
 from fedsim.experiment.results import find_runs
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "runs/quickstart")
@@ -27,7 +26,7 @@ runs = find_runs([folder])
 # ## The table
 
 # %%
-print(comparison_text(compare(runs)))
+print(compare(runs).as_text())
 
 # %% [markdown]
 # ## Accuracy against simulated time

@@ -21,7 +21,6 @@ import pandas as pd
 from fedsim import load_sweep
 from fedsim.experiment.belonging import Group, group_runs
 from fedsim.experiment.compare import compare
-from fedsim.experiment.comparison_text import comparison_text
 from fedsim.experiment.regret import regret
 from fedsim.plots.figures import draw_accuracy, mark_of
 from fedsim.plots.frames import has_accuracy
@@ -71,7 +70,7 @@ def show(figure, numbers, name, mark=None):
 
 # %%
 comparison = compare(runs, target_accuracy, baseline, sweep_notes([folder]))
-print(comparison_text(comparison))
+print(comparison.as_text())
 
 # %%
 of = "total simulated time"

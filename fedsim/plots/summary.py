@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.experiment.comparison_text import scale
+from fedsim.experiment.comparison import scale
 from fedsim.experiment.critical import CAUSES
 from fedsim.plots.style import COLOURS, WIDTH_IN, Sink, canvas, caption, columns_that_fit, legend_in, styles, wrapped
 

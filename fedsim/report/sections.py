@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsim.errors import FedsimError
 from fedsim.experiment.belonging import Group
-from fedsim.experiment.comparison_text import reached_text
+from fedsim.experiment.comparison import reached_text
 from fedsim.experiment.diagnosis import SIGNATURES, Finding, diagnose
 from fedsim.experiment.regret import Regret, regret
 from fedsim.experiment.results import Run

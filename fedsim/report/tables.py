@@ -11,7 +11,7 @@ import pandas as pd
 
 from fedsim.experiment.belonging import Group
 from fedsim.experiment.compare import Comparison
-from fedsim.experiment.comparison_text import number_text, scale, sparsity_text, speedup_text, time_text
+from fedsim.experiment.comparison import number_text, scale, sparsity_text, speedup_text, time_text
 from fedsim.experiment.progress import seconds_text
 from fedsim.report.html import Cell, table
 

@@ -24,7 +24,6 @@ from fedsim.experiment.compare import (
     time_known_to,
     time_to_target,
 )
-from fedsim.experiment.comparison_text import comparison_text
 from fedsim.experiment.results import Run, find_runs, load
 from fedsim.sweeps.notes import sweep_notes
 
@@ -126,7 +125,7 @@ def test_the_default_target_is_what_every_run_reaches_and_unfinished_ones_are_na
     comparison = compare(runs)
     assert comparison.target_accuracy == 0.85
     assert comparison.target_is_default
-    text = comparison_text(comparison)
+    text = comparison.as_text()
     assert "Target accuracy 0.8500: the highest that every run reaches" in text
     assert "PROVISIONAL: runs are missing or unfinished" in text
     assert "s, provisional" in text.splitlines()[1]
@@ -148,7 +147,7 @@ def test_a_default_target_is_provisional_only_while_runs_are_missing_and_none_wa
         (compare([hand_run("fedlora", 0, [10], [None]), half]), False),
     ):
         assert comparison.target_is_provisional == provisional
-        assert ("rovisional" in comparison_text(comparison).lower()) == provisional
+        assert ("rovisional" in comparison.as_text().lower()) == provisional
 
 
 def test_a_sweep_of_unfinished_cells_has_no_finished_cell(tmp_path):
@@ -174,7 +173,7 @@ def test_not_reached_is_said_plainly():
     row = row_of(comparison, "fedspine")
     assert row["reached"] == 0
     assert math.isnan(row["speedup"])
-    line = next(line for line in comparison_text(comparison).splitlines() if line.startswith("fedspine"))
+    line = next(line for line in comparison.as_text().splitlines() if line.startswith("fedspine"))
     assert "not reached  " in line
     as_json = {row["method"]: row for row in comparison.as_dict()["rows"]}
     assert as_json["fedspine"]["time_to_target_s"] is None
@@ -190,10 +189,10 @@ def test_missed_targets_are_counted_and_never_filled_in():
     assert (row["reached"], row["runs"], row["speedup_pairs"], row["speedup_pairs_missed"]) == (2, 3, 2, 1)
     assert row["speedup"] == pytest.approx(2.0)
     assert math.isnan(row["speedup_low"])
-    text = comparison_text(comparison)
+    text = comparison.as_text()
     assert "2.00x [no interval] (2 of 3)" in text
     assert "Not reached by fedspine (1 of 3 runs)" in text
-    assert "No run reached 0.99: the best mean over seeds is 0.9000." in comparison_text(compare(runs, 0.99))
+    assert "No run reached 0.99: the best mean over seeds is 0.9000." in compare(runs, 0.99).as_text()
 
 
 def test_the_gain_in_accuracy_is_paired():
@@ -230,7 +229,7 @@ def test_choice_of_the_baseline(methods, asked, chosen):
     runs = [hand_run(method, 0, [10, 20 + index], [0.5, 0.9]) for index, method in enumerate(methods)]
     comparison = compare(runs, None, asked)
     assert comparison.baseline == chosen
-    assert f"Speedup over {chosen}" in comparison_text(comparison)
+    assert f"Speedup over {chosen}" in comparison.as_text()
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest_name():
@@ -302,16 +301,16 @@ def test_how_closely_a_time_is_known_by_hand():
     comparison = compare([run], 0.8)
     row = row_of(comparison, "fedlora")
     assert (row["time_to_target_s"], row["time_known_to_s"]) == (45.0, 25.0)
-    text = comparison_text(comparison)
+    text = comparison.as_text()
     assert "evaluations are every 2 rounds. Known to: simulated seconds since the evaluation before" in text
     assert text.splitlines()[0].split("time to 0.8")[1].split()[:2] == ["known", "to"]
     content = comparison.as_dict()
     assert "first evaluation at or above the target" in content["time_to_target_is"]
     assert content["rows"][0]["time_known_to_s"] == 25.0
     often = hand_run("fedspine", 0, [10, 20], [0.5, 0.9])
-    assert "every 1 to 2 rounds" in comparison_text(compare([run, often], 0.8))
-    assert "after every round" in comparison_text(compare([often]))
-    assert "Known to" not in comparison_text(compare([hand_run("fedlora", 0, [10], [None])]))
+    assert "every 1 to 2 rounds" in compare([run, often], 0.8).as_text()
+    assert "after every round" in compare([often]).as_text()
+    assert "Known to" not in compare([hand_run("fedlora", 0, [10], [None])]).as_text()
 
 
 @pytest.mark.parametrize("trained_first", [True, False])
@@ -424,7 +423,7 @@ def test_lesser_differences_are_warned_of():
         "the runs start from different model weights",
         "the runs differ in server.rounds",
     ]
-    assert "Warning: the runs differ in server.rounds." in comparison_text(comparison)
+    assert "Warning: the runs differ in server.rounds." in comparison.as_text()
 
 
 def test_configurations_of_one_method_stay_apart_and_are_named():
@@ -467,7 +466,7 @@ def test_rows_are_grouped_by_achieved_sparsity():
     groups = comparison.rows.set_index("method")["sparsity_group"].to_dict()
     assert groups == {"fedlora": 0, "a": 1, "c": 1, "b": 2, "d": 2}
     assert comparison.rows["sparsity_group"].is_monotonic_increasing
-    lines = comparison_text(comparison).splitlines()
+    lines = comparison.as_text().splitlines()
     titles = [line for line in lines if line.startswith("[")]
     assert titles == [
         "[unpruned: references, not rivals of the pruned]",
@@ -507,22 +506,22 @@ def test_timing_only_runs_compare_total_time():
     assert comparison.target_accuracy is None
     assert comparison.speedup_of == "simulated_s"
     assert row_of(comparison, "fedspine")["speedup"] == pytest.approx(1.5)
-    assert "No accuracy was evaluated: speedups are of total simulated time." in comparison_text(comparison)
+    assert "No accuracy was evaluated: speedups are of total simulated time." in comparison.as_text()
 
 
 def test_the_clock_and_its_standing_stand_under_every_table():
     labelled = {"labels": ["reconstruction", "timing only: nothing was trained"]}
     comparison = compare([hand_run("fedlora", 0, [10], [0.9], manifest={"labels": []})])
-    last = comparison_text(comparison).splitlines()[-1]
+    last = comparison.as_text().splitlines()[-1]
     assert last == "Clock: roberta-base, batch 8 x 128 tokens, fp32; fleet two, 2 clients; reconstruction."
     comparison = compare([hand_run("fedlora", 0, [10], [0.9], manifest=labelled)])
-    assert comparison_text(comparison).splitlines()[-1].endswith("reconstruction; timing only: nothing was trained.")
+    assert comparison.as_text().splitlines()[-1].endswith("reconstruction; timing only: nothing was trained.")
     assert comparison.as_dict()["labels"] == ["reconstruction", "timing only: nothing was trained"]
 
 
 def test_columns_are_aligned_under_their_units():
     comparison = compare([hand_run(name, 0, [10, 20], [None, 0.9]) for name in ("fedlora", "a_very_long_method_name")])
-    lines = comparison_text(comparison).splitlines()
+    lines = comparison.as_text().splitlines()
     header, units, rule = lines[:3]
     body = [line for line in lines[3:] if line.startswith(("fedlora", "a_very"))]
     assert set(rule) == {"-"}
@@ -557,7 +556,7 @@ def test_runs_without_client_records_do_without_the_fastest_class(tmp_path):
     write_run(tmp_path / "run", "fedlora", config=config, clients=16)
     comparison = compare([load(tmp_path / "run")])
     assert comparison.fastest_class is None
-    assert "fastest" not in comparison_text(comparison).lower()
+    assert "fastest" not in comparison.as_text().lower()
 
 
 def test_a_sweep_says_which_cells_are_missing(tmp_path):
@@ -568,7 +567,7 @@ def test_a_sweep_says_which_cells_are_missing(tmp_path):
     assert f"sweep '{tmp_path}' lacks 4 of 5 cells: cell 0 (failed, ValueError: no); cell 1" in note
     assert note.endswith("and 1 more")
     comparison = compare([hand_run("fedlora", 0, [10], [0.9])], notes=[note])
-    assert f"Warning: {note}." in comparison_text(comparison)
+    assert f"Warning: {note}." in comparison.as_text()
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": cells[:1]}))
     assert sweep_notes([tmp_path]) == []
     for damaged in ("{", "[]", '{"cells": [1]}'):

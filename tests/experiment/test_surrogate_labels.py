@@ -10,7 +10,6 @@ from made_up import write_run
 
 from fedsim.errors import RunError
 from fedsim.experiment.compare import compare
-from fedsim.experiment.comparison_text import comparison_text
 from fedsim.experiment.results import find_runs, load
 from fedsim.plots import style, write_figures
 
@@ -38,11 +37,11 @@ def test_the_summary_names_the_accuracy_a_surrogates(fitted, measured):
 
 
 def test_the_table_says_it_first_in_its_header_and_below(fitted, measured):
-    text = comparison_text(compare(fitted))
+    text = compare(fitted).as_text()
     assert text.splitlines()[0] == "SURROGATE: accuracies are a fitted model's, none was measured"
     assert "final, SURROGATE" in text.splitlines()[3]
     assert LABEL in text
-    plain = comparison_text(compare([measured]))
+    plain = compare([measured]).as_text()
     assert "surrogate" not in plain.lower()
 
 
