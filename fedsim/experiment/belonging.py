@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from fedsim.errors import RunError
 from fedsim.experiment.results import Run, is_sweep_folder
+from fedsim.methods.catalogue import METHODS
 from fedsim.settings import Config
 
 RECONSTRUCTION = "reconstruction"
@@ -119,6 +120,11 @@ def check_together(runs: Sequence[Run]) -> list[str]:
         _refuse_different(runs, what, of)
     _refuse_different_splits(runs)
     warnings = []
+    commits = sorted(
+        {str((run.manifest.get("git") or {}).get("commit"))[:7] for run in runs if run.manifest.get("git")}
+    )
+    if len(commits) > 1:
+        warnings.append(f"the runs were made by different commits of fedsim: {', '.join(commits)}")
     if len({(run.manifest.get("model") or {}).get("sha256") for run in runs}) > 1:
         warnings.append("the runs start from different model weights")
     if len({str((run.manifest.get("versions") or {}).get("fedsim")) for run in runs}) > 1:
@@ -166,12 +172,25 @@ def group_runs(runs: Sequence[Run]) -> tuple[list[Group], list[str]]:
         groups.append(Group(f"{method} ({suffix})" if suffix else method, method, repeats))
 
     shared = sorted({key for settings in flat for key in settings if key.startswith(_SHARED_SECTIONS)})
-    differing = [key for key in shared if len({settings.get(key) for settings in flat}) > 1]
+    defaults = [_flat_defaults(run.method) for run in runs]
+    differing = []
+    for key in shared:
+        # A method's own default (HETLoRA's rank self-pruning) is the method, not a difference between runs of it.
+        values = [(settings.get(key), mine.get(key)) for settings, mine in zip(flat, defaults, strict=True)]
+        if len({value for value, default in values if value != default or default is None}) > 1:
+            differing.append(key)
     if differing:
         warnings.append(f"the runs differ in {', '.join(differing)}")
     if len({frozenset(group.runs) for group in groups}) > 1:
         warnings.append("not every method has the same seeds: a speedup uses the seeds that both have")
     return groups, warnings
+
+
+def _flat_defaults(name: str) -> dict[str, str]:
+    """What a method sets of its own, as `_flat` writes it; nothing for a user's method that is not registered here."""
+    if name not in METHODS:
+        return {}
+    return {key: _value_text(value) for key, value in METHODS[name].defaults.items()}
 
 
 def _refuse_different(runs: Sequence[Run], what: str, of: Callable[[Run], dict[str, Any]]) -> None:

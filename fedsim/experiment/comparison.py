@@ -152,27 +152,30 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
     return header, units, cells
 
 
+def target_text(comparison: Comparison) -> list[str]:
+    """What the target is, how firm it is, and how exactly times to it are known; a line for each."""
+    target = comparison.target_accuracy
+    if target is None:
+        return ["No accuracy was evaluated: speedups are of total simulated time."]
+    lines = [f"Target accuracy {target:g}, as asked."]
+    if comparison.target_is_default:
+        lines = [
+            f"Target accuracy {target:.4f}: the highest that every run reaches (--target-accuracy sets another).",
+        ]
+    if comparison.target_is_provisional:
+        lines.append(
+            "PROVISIONAL: runs are missing or unfinished; this target, and times and speedups with it, may move when "
+            "they finish (--target-accuracy fixes it)."
+        )
+    return [
+        *lines,
+        f"Time to target: of the first evaluation at or above it; evaluations are {_every_text(comparison)}. Known to: "
+        "simulated seconds since the evaluation before, in which the crossing lies.",
+    ]
+
+
 def _notes(comparison: Comparison) -> list[str]:
-    lines = []
-    if comparison.target_accuracy is None:
-        lines.append("No accuracy was evaluated: speedups are of total simulated time.")
-    elif comparison.target_is_default:
-        lines.append(
-            f"Target accuracy {comparison.target_accuracy:.4f}: the highest that every run reaches "
-            "(--target-accuracy sets another)."
-        )
-        if comparison.target_is_provisional:
-            lines.append(
-                "PROVISIONAL: runs are missing or unfinished; this target, and times and speedups with it, may move "
-                "when they finish (--target-accuracy fixes it)."
-            )
-    else:
-        lines.append(f"Target accuracy {comparison.target_accuracy:g}, as asked.")
-    if comparison.target_accuracy is not None:
-        lines.append(
-            f"Time to target: of the first evaluation at or above it; evaluations are {_every_text(comparison)}. "
-            "Known to: simulated seconds since the evaluation before, in which the crossing lies."
-        )
+    lines = target_text(comparison)
     lines += reached_text(comparison)
     lines.append(
         f"Speedup over {comparison.baseline}, paired by seed, geometric mean; 95% bootstrap interval over seeds; fewer "

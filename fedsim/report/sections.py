@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsim.errors import FedsimError
 from fedsim.experiment.belonging import Group
-from fedsim.experiment.comparison import reached_text
+from fedsim.experiment.comparison import reached_text, target_text
 from fedsim.experiment.diagnosis import SIGNATURES, Finding, diagnose
 from fedsim.experiment.regret import Regret, regret
 from fedsim.experiment.results import Run
@@ -44,14 +44,10 @@ _FACTS = (
 def summary(material: Material) -> Section:
     """The table of methods, their speedups, and accuracy over simulated time."""
     comparison = material.comparison
-    target = comparison.target_accuracy
-    body = ""
-    if target is None:
-        body += paragraph("No accuracy was evaluated: speedups are of total simulated time.", "note")
-    else:
-        said = "the highest that every run reaches" if comparison.target_is_default else "as asked"
-        body += paragraph(f"Target accuracy {target:.4g}: {said}; its time is that of the first crossing.", "note")
-        body += "".join(paragraph(line, "warning") for line in reached_text(comparison))
+    body = "".join(
+        paragraph(line, "warning" if line.startswith("PROVISIONAL") else "note") for line in target_text(comparison)
+    )
+    body += "".join(paragraph(line, "warning") for line in reached_text(comparison))
     body += tables.summary_table(comparison) + paragraph(
         "Speedups and points are paired by seed; 95% bootstrap intervals over seeds. Fewer than three pairs have no "
         "interval, and of fewer than six it is little more than their range. Unpruned methods stand first: they are "

@@ -38,7 +38,7 @@ def summary_table(comparison: Comparison) -> str:
     for _, row in rows.iterrows():
         cells: list[Cell | str] = [row["method"], _seeds(row)]
         if target is not None:
-            cells.append(_split(time_text(row), row["time_to_target_s"]))
+            cells.append(_time_to_target(row))
         cells.append(_split(speedup_text(row, comparison.baseline), row["speedup"]))
         if target is not None:
             spread = row["accuracy_final_sd"]
@@ -254,6 +254,14 @@ def _split(text: str, value: float) -> Cell:
             first, _, rest = text.partition(bracket)
             return Cell(first, float(value), bracket.strip() + rest)
     return Cell(text, float(value))
+
+
+def _time_to_target(row: Any) -> Cell:
+    """The time, and under it how many runs reached the target, or else how exactly the time is known."""
+    cell = _split(time_text(row), row["time_to_target_s"])
+    if cell.note or math.isnan(row["time_known_to_s"]):
+        return cell
+    return Cell(cell.text, cell.value, f"known to {seconds_text(row['time_known_to_s'])}")
 
 
 def _number(text: str, value: float) -> Cell:

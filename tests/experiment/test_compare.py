@@ -25,6 +25,7 @@ from fedsim.experiment.compare import (
     time_to_target,
 )
 from fedsim.experiment.results import Run, find_runs, load
+from fedsim.methods.catalogue import METHODS
 from fedsim.sweeps.notes import sweep_notes
 
 FINISHED = {
@@ -408,6 +409,27 @@ def test_a_refusal_says_how_the_runs_fall_apart():
 def test_equal_data_under_another_path_belongs_together():
     other = {"data": {"name": "elsewhere/train.tsv", "sha256": "2"}}
     compare([hand_run("fedlora", 0, [10], [0.9]), hand_run("fedspine", 0, [10], [0.9], manifest=other)])
+
+
+def test_a_method_s_own_settings_are_no_difference_but_other_values_of_them_are():
+    def runs(**own):
+        return [
+            hand_run("fedlora", 0, [10], [0.9], config={"train": {"rank_decay": 1.0}}),
+            hand_run("hetlora", 0, [10], [0.9], config={"train": {"rank_decay": 0.99, **own}}),
+        ]
+
+    assert METHODS["hetlora"].defaults["train.rank_decay"] == 0.99
+    assert list(compare(runs()).warnings) == []
+    assert list(compare(runs(rank_decay=0.5)).warnings) == ["the runs differ in train.rank_decay"]
+
+
+def test_runs_of_several_commits_are_warned_of():
+    def run_at(method, commit):
+        return hand_run(method, 0, [10], [0.9], manifest={"git": {"commit": commit, "dirty": False}})
+
+    assert list(compare([run_at("fedlora", "a" * 40), run_at("fedspine", "a" * 40)]).warnings) == []
+    (told,) = compare([run_at("fedlora", "b" * 40), run_at("fedspine", "a" * 40)]).warnings
+    assert told == "the runs were made by different commits of fedsim: aaaaaaa, bbbbbbb"
 
 
 def test_lesser_differences_are_warned_of():
