@@ -40,6 +40,7 @@ class Progress:
         tqdm.write(f"{self._label}: {line}", file=sys.stderr)
 
     def __enter__(self) -> Progress:
+        self._began_s = time.monotonic()  # not before: reading data and model tells nothing of a round's time
         if self._is_terminal and not self._quiet:
             self._bar = tqdm(total=self._rounds, initial=self._done, desc=self._label, unit="round", file=sys.stderr)
         return self
