@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.backbone import Backbone
 from fedsim.learn.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
+from fedsim.learn.salience import salience
 from fedsim.rng import Stream, generator
 from fedsim.specs import FloatArray
 from fedsim.structure import ModelShape
@@ -178,23 +179,6 @@ def activation_gradient(model: LoraModel) -> GroupScores:
             raise ValueError(f"{linear.name}: no watched input with a gradient; importance is estimated after both")
         sums.append(salience(x.flatten(0, -2).unsqueeze(0), x.grad.flatten(0, -2).unsqueeze(0))[0])
     return _collect(model.backbone.shape, linears, sums, model.structure.head_mask, model.structure.channel_mask)
-
-
-def watchable(x: torch.Tensor) -> torch.Tensor:
-    """`x`, made to keep its gradient; a leaf in its place where nothing trained leads to it."""
-    x = x if x.requires_grad else x.detach().requires_grad_(True)
-    x.retain_grad()
-    return x
-
-
-def salience(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Sum of |x| times sum of |grad| over the tokens with a gradient: ``(C, T, features)`` to ``(C, features)``.
-
-    In float64.
-    """
-    read = (grad != 0.0).any(dim=2, keepdim=True)
-    activation = (x.abs() * read).sum(dim=1, dtype=torch.float64)
-    return activation * grad.abs().sum(dim=1, dtype=torch.float64)
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from torch import nn
 
 from fedsim.learn.adapter import Adapter, Factors
 from fedsim.learn.backbone import Backbone
-from fedsim.learn.importance import watchable
 from fedsim.learn.linears import COLUMN_PRUNED, Targets, kept_columns, kept_rows, prunable_linears, target_linears
+from fedsim.learn.salience import watchable
 from fedsim.learn.slicing import apply_structure, check_structure, take
 from fedsim.structure import Structure
 

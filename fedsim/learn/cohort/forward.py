@@ -19,8 +19,8 @@ from fedsim.learn.backbone import Backbone
 from fedsim.learn.cohort.kernels import RowMap, lora_linears
 from fedsim.learn.cohort.pack import Bucket, PackedBatch, PackRule
 from fedsim.learn.cohort.stack import CohortStack
-from fedsim.learn.importance import watchable
 from fedsim.learn.linears import PrunableLinear, Role, prunable_linears
+from fedsim.learn.salience import watchable
 
 _LENGTH_STEP = {"cpu": 8, "cuda": 1 << 20}
 """Attention's buckets: on a GPU one launch for all sentences beats short ones."""

@@ -15,8 +15,9 @@ import torch
 from fedsim.errors import ConfigError
 from fedsim.learn.cohort.axes import Widths
 from fedsim.learn.cohort.stack import CohortStack
-from fedsim.learn.importance import DECAY, Criterion, GroupScores, activation_gradient, lora_guided, salience
+from fedsim.learn.importance import DECAY, Criterion, GroupScores, activation_gradient, lora_guided
 from fedsim.learn.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
+from fedsim.learn.salience import salience
 from fedsim.specs import FloatArray
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
