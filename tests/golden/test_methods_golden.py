@@ -2,7 +2,10 @@
 
 Made by ``run = fedsim.run("quickstart", method=method, out=..., **OVERRIDES)`` with ``train.engine`` auto and
 `measured(run)`. The simulated clock repeats to the last digits; the losses are of float32 training, whose sums depend
-on the host's instruction set: four training rounds moved them by less than 2e-6 between engines, 5e-4 is allowed.
+on the host's instruction set: four training rounds moved them by less than 5e-6 between engines, 5e-4 is allowed.
+
+`tune_then_prune` plays seed 3: with seed 0 its cut falls between two channels whose scores differ by 2e-5 of the
+largest, and rounding then decides which of the two goes (a loss moves by 5e-4); with seed 3 the least gap is 1.6e-3.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ OVERRIDES = {
     "evaluate.every_rounds": 1,
     "records.events": False,
 }
+SEEDS = {"tune_then_prune": 3}
 GOLDEN: dict[str, dict[str, object]] = {
     "hetlora": {
         "simulated_s": 54.19884000102505,
@@ -54,11 +58,11 @@ GOLDEN: dict[str, dict[str, object]] = {
         "losses": [0.7004922485351562, 0.6751786804199219, 0.6792359924316407, 0.692386474609375],
     },
     "tune_then_prune": {
-        "simulated_s": 35.92146982053071,
+        "simulated_s": 36.077106298277876,
         "bytes_down": [30707744.0, 30707744.0, 30707744.0, 23629856.0],
         "ranks": [8.0, 8.0, 8.0, 8.0],
         "ratios": [0.0, 0.0, 0.5, 0.5],
-        "losses": [0.70650634765625, 0.6805026245117188, 0.677664794921875, 0.6884588623046874],
+        "losses": [0.691839599609375, 0.6704835510253906, 0.5119258117675781, 0.37966323852539063],
     },
     "fedapt": {
         "simulated_s": 41.16720330618153,
@@ -92,7 +96,7 @@ def measured(run):
 def test_golden_values(method, tmp_path):
     runs = {}
     for engine in ("auto", "reference"):
-        options = {**OVERRIDES, "train.engine": engine}
+        options = {**OVERRIDES, "train.engine": engine, "seed": SEEDS.get(method, 0)}
         runs[engine] = fedsim.run("quickstart", method=method, out=tmp_path / engine, quiet=True, **options)
     for run in runs.values():
         values = measured(run)
