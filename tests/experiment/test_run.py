@@ -395,3 +395,8 @@ def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
             main([*words, *wrong])
     with pytest.raises(SystemExit):
         main(["devices", "jetson-tx2", "seed=3"])
+
+
+def test_python_dash_m_is_the_command():
+    found = subprocess.run([sys.executable, "-m", "fedsim", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("fedsim ")
