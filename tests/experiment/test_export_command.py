@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from fedsim.data.corpus import load_corpus
 from fedsim.errors import ModelError, RunError
 from fedsim.experiment.build import _with_test_sample
 from fedsim.experiment.config import build_config
+from fedsim.resources import resource_folder
 
 SMALL = {
     "method": "fedspine",
@@ -201,3 +205,20 @@ def test_a_checkpoint_of_another_model(copied, tmp_path):
     (copied / "config.yaml").write_text(text.replace("pooling: native", "pooling: mean"))
     with pytest.raises(RunError, match="does not fit its configuration"):
         fedsim.export_run(copied, tmp_path / "out", consensus=True)
+
+
+def test_the_inference_study_times_both_forms_of_a_run(finished, tmp_path):
+    """It counts what was removed, and names what it cannot measure."""
+    script = resource_folder("experiments") / "inference" / "measure.py"
+
+    def measure(*arguments):
+        return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+
+    found = measure(finished.path, "--batch-size", "2", "--tokens", "8", "--turns", "3")
+    assert found.returncode == 0, found.stderr
+    removed, _, ratio = found.stdout.splitlines()
+    assert "50.0% of the prunable weights removed" in removed
+    median, least, most = (float(word) for word in re.findall(r"\d\.\d+", ratio))
+    assert 0 < least <= median <= most
+    missing = measure(tmp_path / "none")
+    assert missing.returncode == 2 and "no such run directory" in missing.stderr
