@@ -221,4 +221,5 @@ def test_the_inference_study_times_both_forms_of_a_run(finished, tmp_path):
     median, least, most = (float(word) for word in re.findall(r"\d\.\d+", ratio))
     assert 0 < least <= median <= most
     missing = measure(tmp_path / "none")
-    assert missing.returncode == 2 and "no such run directory" in missing.stderr
+    assert missing.returncode == 2
+    assert "no such run directory" in missing.stderr
