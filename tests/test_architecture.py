@@ -33,6 +33,7 @@ LEVELS = {
     "report": 7,
     "bench": 6,
     "cli": 8,
+    "__main__": 9,
 }
 OWNERS = {
     "simpy": {"sim"},

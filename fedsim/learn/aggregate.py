@@ -30,10 +30,10 @@ import torch
 
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import Coverage, concatenate, sides
-from fedsim.learn.linears import COLUMN_PRUNED, prunable_linears
+from fedsim.learn.coverage import Coverage, sides
+from fedsim.learn.linears import COLUMN_PRUNED, PrunableLinear, prunable_linears
 from fedsim.learn.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
-from fedsim.learn.merging import Contribution, Rule, client_weights, covered, factors_of, mean_head
+from fedsim.learn.merging import Contribution, Merging, Rule, client_weights
 from fedsim.learn.rules_padded import hetlora, zero_pad
 from fedsim.learn.rules_stack import stack
 from fedsim.settings import AggregateSettings
@@ -42,6 +42,7 @@ from fedsim.structure import ModelShape
 __all__ = [
     "RULES",
     "Contribution",
+    "Merging",
     "Rule",
     "average_factors",
     "client_weights",
@@ -83,40 +84,26 @@ def merge(
         return previous
     _check(previous, contributions, shape)
     with _exact_products():
-        return rule(previous, contributions, shape, rank_max, alpha_over_rank, settings)
+        return rule(Merging(previous, contributions, shape, rank_max, alpha_over_rank, settings))
 
 
-def lowrank(
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    shape: ModelShape,
-    rank_max: int,
-    alpha_over_rank: float,
-    settings: AggregateSettings,
-) -> Adapter:
+def lowrank(merging: Merging) -> Adapter:
     """Masked weighted mean of the updates, truncated to `rank_max` (FedSpine, arXiv 2501.02438). See the module.
 
     The new factors satisfy ``c B A = mean dW`` up to the truncation, with ``B A = U S V'`` split evenly. Components
     beyond the mean's own rank have zero columns of ``B`` and keep the previous adapter's rows of ``A``: the product is
     the mean's, and a device that gets them can train them (with both zero they would never get a gradient).
     """
-    return _by_update(previous, contributions, shape, rank_max, settings, lambda coverage: coverage)
+    return _by_update(merging, lambda coverage: coverage)
 
 
-def flexlora(
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    shape: ModelShape,
-    rank_max: int,
-    alpha_over_rank: float,
-    settings: AggregateSettings,
-) -> Adapter:
+def flexlora(merging: Merging) -> Adapter:
     """Weighted mean of the updates ``dW_i``, truncated to `rank_max` (FlexLoRA, arXiv 2402.11505).
 
     It knows nothing of pruning: a feature that a client lost counts as an update of zero, with its full weight. Where
     nobody is pruned it is `lowrank`.
     """
-    return _by_update(previous, contributions, shape, rank_max, settings, _unaware)
+    return _by_update(merging, _unaware)
 
 
 def _unaware(coverage: Coverage) -> Coverage:
@@ -124,36 +111,21 @@ def _unaware(coverage: Coverage) -> Coverage:
     return replace(coverage, reciprocal=torch.ones_like(coverage.reciprocal), held=None)
 
 
-def _by_update(
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    shape: ModelShape,
-    rank_max: int,
-    settings: AggregateSettings,
-    seen: Callable[[Coverage], Coverage],
-) -> Adapter:
+def _by_update(merging: Merging, seen: Callable[[Coverage], Coverage]) -> Adapter:
     """`lowrank` under the coverage that `seen` makes of the true one."""
-    weights = client_weights(contributions, settings.importance_weight)
     factors: dict[str, Factors] = {}
-    for linear, coverage in covered(previous, contributions, weights, shape):
+    for linear, coverage in merging.covered():
         transposed = linear.role in COLUMN_PRUNED
-        pruned, whole = _mean_update(linear.name, transposed, previous, contributions, seen(coverage), rank_max)
+        pruned, whole = _mean_update(merging, linear, seen(coverage))
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
-        a, b, old_a = a.contiguous(), b.contiguous(), previous.factors[linear.name][0]
-        end = min(rank_max, old_a.shape[0])
+        a, b, old_a = a.contiguous(), b.contiguous(), merging.previous.factors[linear.name][0]
+        end = min(merging.rank_max, old_a.shape[0])
         a[:end] = torch.where(b[:, :end].any(dim=0).unsqueeze(1), a[:end], old_a[:end])
         factors[linear.name] = (a, b)
-    return Adapter(factors, mean_head(previous, contributions, weights))
+    return Adapter(factors, merging.mean_head())
 
 
-def average_factors(
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    shape: ModelShape,
-    rank_max: int,
-    alpha_over_rank: float,
-    settings: AggregateSettings,
-) -> Adapter:
+def average_factors(merging: Merging) -> Adapter:
     """Weighted means of ``A`` and of ``B``, apart (FedIT, arXiv 2305.05644); the result has the clients' rank.
 
     The mean of products is not the product of means: unlike `lowrank` this is exact for one client only. Pruned
@@ -162,21 +134,20 @@ def average_factors(
     Raises:
         ConfigError: ranks differ between clients, or from the previous adapter's where its features must be held.
     """
-    ranks = {c.adapter.rank for c in contributions}
+    ranks = {c.adapter.rank for c in merging.contributions}
     if len(ranks) > 1:
         raise ConfigError(
             f"aggregate.rule 'average_factors' needs one LoRA rank for all clients, got ranks "
             f"{', '.join(map(str, sorted(ranks)))}; use 'lowrank' for mixed ranks"
         )
-    weights = client_weights(contributions, settings.importance_weight)
     factors: dict[str, Factors] = {}
-    for linear, coverage in covered(previous, contributions, weights, shape):
+    for linear, coverage in merging.covered():
         transposed = linear.role in COLUMN_PRUNED
-        old_pruned, old_whole = sides(previous.factors[linear.name], transposed)
+        old_pruned, old_whole = sides(merging.previous.factors[linear.name], transposed)
         (rank,), (features, other) = ranks, (old_pruned.shape[0], old_whole.shape[1])
         pruned, whole = old_pruned.new_zeros((features, rank)), old_whole.new_zeros((rank, other))
         for chunk in coverage.chunks:
-            left, right = concatenate(chunk, factors_of(chunk, contributions, linear.name), transposed, pruned.device)
+            left, right = merging.concatenated(linear, chunk)
             pruned += (left.view(features, -1, rank) * chunk.weights.unsqueeze(1)).sum(dim=1)
             whole += right.view(-1, rank, other).sum(dim=0)
         pruned *= coverage.reciprocal
@@ -189,7 +160,7 @@ def average_factors(
             pruned[coverage.held] = old_pruned[coverage.held]
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
         factors[linear.name] = (a.contiguous(), b.contiguous())
-    return Adapter(factors, mean_head(previous, contributions, weights))
+    return Adapter(factors, merging.mean_head())
 
 
 RULES: dict[str, Rule] = {
@@ -228,22 +199,12 @@ def find_rule(name: str) -> Rule:
     return RULES[name]
 
 
-def _mean_update(
-    name: str,
-    transposed: bool,
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    coverage: Coverage,
-    rank_max: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Truncated factors ``(pruned, whole)`` of the masked mean of one Linear's ``B A`` (transposed if asked)."""
-    old_pruned, old_whole = sides(previous.factors[name], transposed)
+def _mean_update(merging: Merging, linear: PrunableLinear, coverage: Coverage) -> tuple[torch.Tensor, torch.Tensor]:
+    """Truncated factors ``(pruned, whole)`` of the masked mean of one Linear's ``B A``."""
+    old_pruned, old_whole = sides(merging.previous.factors[linear.name], linear.role in COLUMN_PRUNED)
     features, other, held = old_pruned.shape[0], old_whole.shape[1], coverage.held
     rank_sum = sum(chunk.rank * len(chunk.clients) for chunk in coverage.chunks)
-    parts = (
-        concatenate(chunk, factors_of(chunk, contributions, name), transposed, old_pruned.device)
-        for chunk in coverage.chunks
-    )
+    parts = (merging.concatenated(linear, chunk) for chunk in coverage.chunks)
 
     if factored_is_cheaper(features, other, rank_sum + (old_whole.shape[0] if held is not None else 0)):
         left, right = zip(*parts, strict=True)
@@ -252,7 +213,7 @@ def _mean_update(
             old_rows = torch.zeros_like(old_pruned)
             old_rows[held] = old_pruned[held]
             pruned, whole = torch.cat([pruned, old_rows], dim=1), torch.cat([whole, old_whole])
-        return truncated_svd_factored(pruned, whole, rank_max)
+        return truncated_svd_factored(pruned, whole, merging.rank_max)
 
     mean = old_pruned.new_zeros((features, other))
     for pruned, whole in parts:
@@ -260,7 +221,7 @@ def _mean_update(
     mean *= coverage.reciprocal
     if held is not None:
         mean[held] = old_pruned[held] @ old_whole
-    return truncated_svd_dense(mean, rank_max)
+    return truncated_svd_dense(mean, merging.rank_max)
 
 
 def _check(previous: Adapter, contributions: Sequence[Contribution], shape: ModelShape) -> None:

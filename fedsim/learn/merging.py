@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import Chunk, Coverage, coverage_of, groups_lost
-from fedsim.learn.linears import PrunableLinear, prunable_linears
+from fedsim.learn.adapter import Adapter
+from fedsim.learn.coverage import Chunk, Coverage, concatenate, coverage_of, groups_lost
+from fedsim.learn.linears import COLUMN_PRUNED, PrunableLinear, prunable_linears
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure
 
@@ -37,18 +37,76 @@ class Contribution:
     importance: float
 
 
-class Rule(Protocol):
-    """A way to merge; arguments and result as in `merge`, contributions never empty and checked."""
+@dataclass(frozen=True, eq=False)
+class Merging:
+    """What a rule merges.
 
-    def __call__(
-        self,
-        previous: Adapter,
-        contributions: Sequence[Contribution],
-        shape: ModelShape,
-        rank_max: int,
-        alpha_over_rank: float,
-        settings: AggregateSettings,
-    ) -> Adapter: ...
+    Attributes:
+        previous: the global adapter before this round, full widths.
+        contributions: the updates that arrived, at least one.
+        shape: widths of the model.
+        rank_max: rank of the global adapter, >= 1.
+        alpha_over_rank: c of ``dW = c B A``, the same for all.
+        settings: the rule's name and the weight of importance.
+    """
+
+    previous: Adapter
+    contributions: Sequence[Contribution]
+    shape: ModelShape
+    rank_max: int
+    alpha_over_rank: float
+    settings: AggregateSettings
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64]:
+        """`client_weights` of the contributions, shape (P,)."""
+        return client_weights(self.contributions, self.settings.importance_weight)
+
+    def linears(self) -> Iterator[PrunableLinear]:
+        """The adapter's Linears, in block order."""
+        return (linear for linear in prunable_linears(self.shape) if linear.name in self.previous.factors)
+
+    def covered(self) -> Iterator[tuple[PrunableLinear, Coverage]]:
+        """The adapter's Linears, each with its coverage under `weights` (computed once for those that share it)."""
+        shared: dict[tuple[bool, int], Coverage] = {}
+        layer = -1
+        for linear in self.linears():
+            if linear.layer != layer:
+                shared, layer = {}, linear.layer
+            key = groups_lost(linear, self.shape)
+            if key not in shared:
+                shared[key] = self.coverage(linear, self.weights)
+            yield linear, shared[key]
+
+    def coverage(self, linear: PrunableLinear, weights: NDArray[np.float64]) -> Coverage:
+        """Who kept which feature of one Linear, with these weights (P,)."""
+        structures = [contribution.structure for contribution in self.contributions]
+        ranks = np.array([contribution.adapter.rank for contribution in self.contributions])
+        device = self.previous.factors[linear.name][0].device
+        return coverage_of(linear, structures, ranks, weights, self.shape, device)
+
+    def concatenated(self, linear: PrunableLinear, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chunk's factors of one Linear side by side, scattered to full size: ``(pruned, whole)``."""
+        factors = [self.contributions[client].adapter.factors[linear.name] for client in chunk.clients]
+        device = self.previous.factors[linear.name][0].device
+        return concatenate(chunk, factors, linear.role in COLUMN_PRUNED, device)
+
+    def mean_head(self) -> Mapping[str, torch.Tensor]:
+        """Weighted mean of every head parameter: never pruned, so one weight for all entries."""
+        mean: dict[str, torch.Tensor] = {}
+        shares = torch.from_numpy(self.weights.astype(np.float32))
+        for name, old in self.previous.head.items():
+            total, step = torch.zeros_like(old), max(1, _HEAD_ELEMENTS // old.numel())
+            for start in range(0, len(self.contributions), step):
+                some = self.contributions[start : start + step]
+                stacked = torch.stack([c.adapter.head[name] for c in some]).to(old.device)
+                total += torch.tensordot(shares[start : start + step].to(stacked), stacked, dims=1)
+            mean[name] = total
+        return mean
+
+
+Rule = Callable[[Merging], Adapter]
+"""A way to merge: the new global adapter, of full widths, fp32, on the previous adapter's device."""
 
 
 def client_weights(contributions: Sequence[Contribution], importance_weight: float) -> NDArray[np.float64]:
@@ -65,43 +123,3 @@ def client_weights(contributions: Sequence[Contribution], importance_weight: flo
         largest = importance.max()
         weights *= 1.0 + importance_weight * (importance / largest if largest > 0.0 else importance)
     return weights / weights.sum()
-
-
-def factors_of(chunk: Chunk, contributions: Sequence[Contribution], name: str) -> list[Factors]:
-    """Each client's factors of one Linear, in the order of the chunk."""
-    return [contributions[client].adapter.factors[name] for client in chunk.clients]
-
-
-def covered(
-    previous: Adapter, contributions: Sequence[Contribution], weights: NDArray[np.float64], shape: ModelShape
-) -> Iterator[tuple[PrunableLinear, Coverage]]:
-    """The adapter's Linears in block order, each with its coverage (computed once for those that share it)."""
-    structures = [contribution.structure for contribution in contributions]
-    ranks = np.array([contribution.adapter.rank for contribution in contributions])
-    shared: dict[tuple[bool, int], Coverage] = {}
-    layer = -1
-    for linear in prunable_linears(shape):
-        if linear.name not in previous.factors:
-            continue
-        if linear.layer != layer:
-            shared, layer = {}, linear.layer
-        key = groups_lost(linear, shape)
-        if key not in shared:
-            device = previous.factors[linear.name][0].device
-            shared[key] = coverage_of(linear, structures, ranks, weights, shape, device)
-        yield linear, shared[key]
-
-
-def mean_head(
-    previous: Adapter, contributions: Sequence[Contribution], weights: NDArray[np.float64]
-) -> Mapping[str, torch.Tensor]:
-    """Weighted mean of every head parameter: never pruned, so one weight for all entries."""
-    mean: dict[str, torch.Tensor] = {}
-    shares = torch.from_numpy(weights.astype(np.float32))
-    for name, old in previous.head.items():
-        total, step = torch.zeros_like(old), max(1, _HEAD_ELEMENTS // old.numel())
-        for start in range(0, len(contributions), step):
-            stacked = torch.stack([c.adapter.head[name] for c in contributions[start : start + step]]).to(old.device)
-            total += torch.tensordot(shares[start : start + step].to(stacked), stacked, dims=1)
-        mean[name] = total
-    return mean

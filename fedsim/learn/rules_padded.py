@@ -21,60 +21,35 @@ from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import Coverage, concatenate, coverage_of, sides
-from fedsim.learn.linears import COLUMN_PRUNED, PrunableLinear, prunable_linears
-from fedsim.learn.merging import Contribution, client_weights, covered, factors_of, mean_head
-from fedsim.settings import AggregateSettings
-from fedsim.structure import ModelShape
+from fedsim.learn.coverage import Coverage, sides
+from fedsim.learn.linears import COLUMN_PRUNED, PrunableLinear
+from fedsim.learn.merging import Merging
 
 
-def zero_pad(
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    shape: ModelShape,
-    rank_max: int,
-    alpha_over_rank: float,
-    settings: AggregateSettings,
-) -> Adapter:
+def zero_pad(merging: Merging) -> Adapter:
     """Data-weighted means of ``A`` and of ``B``, each padded with zeros to `rank_max`.
 
     Raises:
         ConfigError: a client's rank is above the global adapter's.
     """
-    _check_ranks(contributions, previous, settings.rule)
-    weights = client_weights(contributions, settings.importance_weight)
-    factors = {
-        linear.name: _padded_mean(linear, previous, contributions, coverage)
-        for linear, coverage in covered(previous, contributions, weights, shape)
-    }
-    return Adapter(factors, mean_head(previous, contributions, weights))
+    _check_ranks(merging)
+    factors = {linear.name: _padded_mean(merging, linear, coverage) for linear, coverage in merging.covered()}
+    return Adapter(factors, merging.mean_head())
 
 
-def hetlora(
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    shape: ModelShape,
-    rank_max: int,
-    alpha_over_rank: float,
-    settings: AggregateSettings,
-) -> Adapter:
+def hetlora(merging: Merging) -> Adapter:
     """`zero_pad` with weights ``||B_i A_i||_F`` in the data's place (HETLoRA's sparsity-weighted aggregation).
 
     Raises:
         ConfigError: a client's rank is above the global adapter's.
     """
-    _check_ranks(contributions, previous, settings.rule)
-    by_data = client_weights(contributions, settings.importance_weight)
-    structures = [contribution.structure for contribution in contributions]
-    ranks = np.array([contribution.adapter.rank for contribution in contributions])
+    _check_ranks(merging)
     factors: dict[str, Factors] = {}
-    for linear in prunable_linears(shape):
-        if linear.name in previous.factors:
-            device = previous.factors[linear.name][0].device
-            weights = norm_weights([c.adapter.factors[linear.name] for c in contributions], by_data)
-            coverage = coverage_of(linear, structures, ranks, weights, shape, device)
-            factors[linear.name] = _padded_mean(linear, previous, contributions, coverage)
-    return Adapter(factors, mean_head(previous, contributions, by_data))
+    for linear in merging.linears():
+        updates = [contribution.adapter.factors[linear.name] for contribution in merging.contributions]
+        coverage = merging.coverage(linear, norm_weights(updates, merging.weights))
+        factors[linear.name] = _padded_mean(merging, linear, coverage)
+    return Adapter(factors, merging.mean_head())
 
 
 def norm_weights(updates: Sequence[Factors], otherwise: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -90,17 +65,15 @@ def norm_weights(updates: Sequence[Factors], otherwise: NDArray[np.float64]) -> 
     return norms / norms.sum() if norms.sum() > 0.0 else otherwise
 
 
-def _padded_mean(
-    linear: PrunableLinear, previous: Adapter, contributions: Sequence[Contribution], coverage: Coverage
-) -> Factors:
+def _padded_mean(merging: Merging, linear: PrunableLinear, coverage: Coverage) -> Factors:
     transposed = linear.role in COLUMN_PRUNED
-    old_pruned, old_whole = sides(previous.factors[linear.name], transposed)
+    old_pruned, old_whole = sides(merging.previous.factors[linear.name], transposed)
     pruned, whole = torch.zeros_like(old_pruned), torch.zeros_like(old_whole)
     features, other = old_pruned.shape[0], old_whole.shape[1]
     highest = 0
     for chunk in coverage.chunks:
         rank = chunk.rank
-        left, right = concatenate(chunk, factors_of(chunk, contributions, linear.name), transposed, pruned.device)
+        left, right = merging.concatenated(linear, chunk)
         pruned[:, :rank] += (left.view(features, -1, rank) * chunk.weights.unsqueeze(1)).sum(dim=1)
         whole[:rank] += right.view(-1, rank, other).sum(dim=0)
         highest = max(highest, rank)
@@ -113,10 +86,10 @@ def _padded_mean(
     return a.contiguous(), b.contiguous()
 
 
-def _check_ranks(contributions: Sequence[Contribution], previous: Adapter, rule: str) -> None:
-    highest = max(contribution.adapter.rank for contribution in contributions)
-    if highest > previous.rank:
+def _check_ranks(merging: Merging) -> None:
+    highest, widest = max(one.adapter.rank for one in merging.contributions), merging.previous.rank
+    if highest > widest:
         raise ConfigError(
-            f"aggregate.rule '{rule}' pads every client's factors to the global rank {previous.rank}, but a client has "
-            f"rank {highest} (allowed: at most model.lora_rank_max)"
+            f"aggregate.rule '{merging.settings.rule}' pads every client's factors to the global rank {widest}, but a "
+            f"client has rank {highest} (allowed: at most model.lora_rank_max)"
         )

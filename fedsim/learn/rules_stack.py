@@ -15,37 +15,25 @@ kept it, and nothing is merged into what nobody kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedsim.learn.adapter import Adapter, Factors
-from fedsim.learn.coverage import concatenate, sides
+from fedsim.learn.coverage import sides
 from fedsim.learn.linears import COLUMN_PRUNED
-from fedsim.learn.merging import Contribution, client_weights, covered, factors_of, mean_head
-from fedsim.settings import AggregateSettings
-from fedsim.structure import ModelShape
+from fedsim.learn.merging import Merging
 
 
-def stack(
-    previous: Adapter,
-    contributions: Sequence[Contribution],
-    shape: ModelShape,
-    rank_max: int,
-    alpha_over_rank: float,
-    settings: AggregateSettings,
-) -> Adapter:
+def stack(merging: Merging) -> Adapter:
     """Merge the stacked updates into the base; the result's factors have rank 0. See the module."""
-    weights = client_weights(contributions, settings.importance_weight)
+    previous = merging.previous
     factors: dict[str, Factors] = {}
     merged = dict(previous.merged)
-    for linear, coverage in covered(previous, contributions, weights, shape):
+    for linear, coverage in merging.covered():
         transposed, (a, b) = linear.role in COLUMN_PRUNED, previous.factors[linear.name]
         old_pruned, old_whole = sides((a, b), transposed)
         mean = old_pruned.new_zeros((old_pruned.shape[0], old_whole.shape[1]))
         for chunk in coverage.chunks:
-            left, right = concatenate(chunk, factors_of(chunk, contributions, linear.name), transposed, mean.device)
-            mean.addmm_(left, right)
-        mean *= coverage.reciprocal * alpha_over_rank
+            mean.addmm_(*merging.concatenated(linear, chunk))
+        mean *= coverage.reciprocal * merging.alpha_over_rank
         update = (mean.T if transposed else mean).contiguous()
         merged[linear.name] = merged[linear.name] + update if linear.name in merged else update
         factors[linear.name] = a.new_empty((0, a.shape[1])), b.new_empty((b.shape[0], 0))
-    return Adapter(factors, mean_head(previous, contributions, weights), merged)
+    return Adapter(factors, merging.mean_head(), merged)

@@ -269,7 +269,7 @@ def test_unknown_rule_is_refused_with_the_nearest_and_a_rule_can_be_added(monkey
     asked = AggregateSettings(rule="lowrnk")
     with pytest.raises(ConfigError, match=r"unknown aggregate\.rule 'lowrnk'; did you mean 'lowrank'\?"):
         merge(_previous(), [_contribution(1)], SHAPE, 8, C, asked)
-    monkeypatch.setitem(RULES, "lowrnk", lambda previous, contributions, *rest: contributions[0].adapter)
+    monkeypatch.setitem(RULES, "lowrnk", lambda merging: merging.contributions[0].adapter)
     client = _contribution(1)
     assert merge(_previous(), [client], SHAPE, 8, C, asked) is client.adapter
 
@@ -279,7 +279,7 @@ def test_reduced_precision_of_training_does_not_reach_the_merge(allowed, monkeyp
     seen = []
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
     monkeypatch.setitem(
-        RULES, "look", lambda previous, *rest: seen.extend(b.fp32_precision for b in backends) or previous
+        RULES, "look", lambda merging: seen.extend(b.fp32_precision for b in backends) or merging.previous
     )
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)
