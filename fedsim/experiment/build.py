@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedsim.control.policies import make_policy
 from fedsim.control.reward import RewardModel
+from fedsim.control.timed import TimedPolicy
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.device import DeviceProfile
 from fedsim.cost.shapes import load_shape
@@ -47,6 +48,7 @@ class Experiment:
     """A run, ready to start.
 
     Attributes:
+        controller: the federation's policy, which counts its host seconds.
         prunable_fraction: share of the learner's weights (blocks, embeddings, head) that can be pruned at all.
         facts: what the manifest says of model, data, fleet and clock.
         labels: how far its numbers may be trusted, beside the method's own.
@@ -55,6 +57,7 @@ class Experiment:
     config: Config
     fleet: Fleet
     federation: Federation
+    controller: TimedPolicy
     prunable_fraction: float
     facts: dict[str, object]
     labels: tuple[str, ...] = ()
@@ -110,14 +113,16 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
             "test": len(corpus.test.labels),
             "label_names": list(corpus.label_names),
         }
-    policy = make_policy(
-        config.control,
-        clients=fleet.clients,
-        ask=ask,
-        seed=config.seed,
-        fixed_rank=config.model.lora_rank,
-        expected_time=fleet.expected_seconds,
-        speed_class=fleet.speed_classes(),
+    policy = TimedPolicy(
+        make_policy(
+            config.control,
+            clients=fleet.clients,
+            ask=ask,
+            seed=config.seed,
+            fixed_rank=config.model.lora_rank,
+            expected_time=fleet.expected_seconds,
+            speed_class=fleet.speed_classes(),
+        )
     )
     parts = Parts(
         config=config,
@@ -132,7 +137,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         quiet_ask=build_ask(config, method, shape, clock_shape, estimates=False),
     )
     fraction = shape.prunable_weights / shape.all_weights
-    return Experiment(config, fleet, Federation(parts), fraction, facts, tuple(labels_of_learning))
+    return Experiment(config, fleet, Federation(parts), policy, fraction, facts, tuple(labels_of_learning))
 
 
 def _outputs(config: Config, corpus: Corpus | None) -> int:

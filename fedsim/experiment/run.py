@@ -7,6 +7,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def run(
     with RunDirectory.create(path, force=force) as directory:
         directory.write_text("config.yaml", config_yaml(checked))
         directory.write_manifest(_first_manifest(checked, experiment, profile_draw))
-        _simulate(directory, experiment, progress, SimState(), spent_s=0.0)
+        _simulate(directory, experiment, progress, SimState(), _Spent())
     return load(path)
 
 
@@ -145,30 +146,44 @@ def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: in
     if not has_checkpoint(checkpoints):
         experiment, progress = _prepare(config, quiet, profile_draw, done=0)
         directory.write_manifest(_first_manifest(config, experiment, profile_draw))
-        _simulate(directory, experiment, progress, SimState(), spent_s=0.0)
+        _simulate(directory, experiment, progress, SimState(), _Spent())
         return
     next_round, state, meta = load_checkpoint(checkpoints)
     experiment, progress = _prepare(config, quiet, profile_draw, done=next_round)
     _same_inputs(directory, experiment)
     experiment.federation.restore(state)
     start = SimState(next_round, float(meta["now_s"]), str(meta["trace_hash"]), bool(meta["target_met"]))
-    _simulate(directory, experiment, progress, start, spent_s=float(meta["host_s"]))
+    spent = _Spent(float(meta["host_s"]), float(meta.get("controller_host_s", 0.0)))
+    _simulate(directory, experiment, progress, start, spent)
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """Host seconds of a run, and of these the controller's."""
+
+    host_s: float = 0.0
+    controller_s: float = 0.0
 
 
 def _simulate(
-    directory: RunDirectory, experiment: Experiment, progress: Progress, start: SimState, spent_s: float
+    directory: RunDirectory, experiment: Experiment, progress: Progress, start: SimState, earlier: _Spent
 ) -> None:
     """Play the rounds; records, checkpoints and the manifest follow.
 
     Args:
-        spent_s: host seconds of earlier processes of this run.
+        earlier: host seconds of earlier processes of this run.
     """
     config, federation = experiment.config, experiment.federation
     writer = RecordWriter(directory.path, config.records, next_round=start.next_round)
     pace = CheckpointPace(config.server.checkpoint_every)
     trackers = open_trackers(directory.path, config.records, start.next_round, progress.warn)
-    began_s = time.perf_counter() - spent_s
-    round_began_s = time.perf_counter()
+    began_s = round_began_s = time.perf_counter()
+
+    def spent() -> dict[str, float]:
+        return {
+            "host_s": earlier.host_s + time.perf_counter() - began_s,
+            "controller_host_s": earlier.controller_s + experiment.controller.spent_s,
+        }
 
     def on_round(plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: TraceBlock) -> None:
         nonlocal round_began_s
@@ -186,7 +201,7 @@ def _simulate(
                 "now_s": after.now_s,
                 "trace_hash": after.trace_hash,
                 "target_met": after.target_met,
-                "host_s": now_s - began_s,
+                **spent(),
             }
             save_checkpoint(directory.path / CHECKPOINT, after.next_round, federation.state(), meta)
             pace.wrote(now_s, time.perf_counter())
@@ -206,7 +221,7 @@ def _simulate(
                 "rounds": end.next_round,
                 "trace_hash": end.trace_hash,
                 "simulated_s": end.now_s,
-                "host_s": time.perf_counter() - began_s,
+                **spent(),
                 "final_prune_ratio": {"mean": sparsity.mean, "low": sparsity.low, "high": sparsity.high},
                 "final_whole_model_sparsity": sparsity.mean * experiment.prunable_fraction,
             }

@@ -170,6 +170,7 @@ def runs_table(groups: Sequence[Group]) -> str:
                     str(manifest.get("engine", "-")),
                     _seconds(manifest.get("simulated_s")),
                     _seconds(manifest.get("host_s")),
+                    _share(manifest.get("controller_host_s"), manifest.get("host_s")),
                     str(manifest.get("config_hash", "-"))[:_HASH_SHOWN],
                     str(manifest.get("trace_hash", "-"))[:_HASH_SHOWN],
                     commit,
@@ -177,7 +178,7 @@ def runs_table(groups: Sequence[Group]) -> str:
                 ]
             )
     header = ["method", "seed", *(["profile draw"] if drawn else [])]
-    header += ["engine", "simulated s", "host s", "config", "trace", "commit", "folder"]
+    header += ["engine", "simulated s", "host s", "controller's share", "config", "trace", "commit", "folder"]
     return table(header, rows, f"Hashes by their first {_HASH_SHOWN} digits.")
 
 
@@ -245,6 +246,14 @@ def _gain(row: Any, baseline: str) -> str:
 
 def _seconds(value: Any) -> Cell:
     return Cell("-", math.nan) if value is None else _number(seconds_text(float(value)), float(value))
+
+
+def _share(part: Any, whole: Any) -> Cell:
+    """Of two host times; runs of earlier versions did not count the controller's."""
+    if part is None or not whole:
+        return Cell("-", math.nan)
+    share = float(part) / float(whole)
+    return Cell(f"{share:.2%}" if share < 0.1 else f"{share:.0%}", share)
 
 
 def _split(text: str, value: float) -> Cell:

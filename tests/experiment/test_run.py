@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 import fedsim
 from fedsim.cli import main
+from fedsim.control.timed import TimedPolicy
 from fedsim.errors import ConfigError, DataError, ModelError, ProfileError, RunError
 
 SMALL = {
@@ -395,6 +397,16 @@ def test_overrides_may_stand_behind_an_option(tmp_path, capsys):
             main([*words, *wrong])
     with pytest.raises(SystemExit):
         main(["devices", "jetson-tx2", "seed=3"])
+
+
+def test_the_controllers_share_of_the_host_time_is_in_the_manifest(tmp_path):
+    slept_s = 0.05
+    run = fedsim.run({**SMALL, "train": {"engine": "none"}}, out=tmp_path / "run", quiet=True)
+    assert 0.0 < run.manifest["controller_host_s"] < run.manifest["host_s"]
+    policy = TimedPolicy(SimpleNamespace(select=time.sleep, update=time.sleep))
+    policy.select(slept_s)
+    policy.update(slept_s)
+    assert 2 * slept_s <= policy.spent_s < 20 * slept_s
 
 
 def test_python_dash_m_is_the_command():
