@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedsim.errors import RunError
+from fedsim.experiment.config import value_text
 from fedsim.experiment.results import Run, is_sweep_folder
 from fedsim.methods.catalogue import METHODS
 from fedsim.settings import Config
@@ -190,7 +191,7 @@ def _flat_defaults(name: str) -> dict[str, str]:
     """What a method sets of its own, as `_flat` writes it; nothing for a user's method that is not registered here."""
     if name not in METHODS:
         return {}
-    return {key: _value_text(value) for key, value in METHODS[name].defaults.items()}
+    return {key: value_text(value) for key, value in METHODS[name].defaults.items()}
 
 
 def _refuse_different(runs: Sequence[Run], what: str, of: Callable[[Run], dict[str, Any]]) -> None:
@@ -256,7 +257,7 @@ def _clock(run: Run) -> dict[str, Any]:
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     keys = sorted(key for key in {*first, *second} if first.get(key) != second.get(key))
-    return ", ".join(f"{key}: {_value_text(first.get(key))} and {_value_text(second.get(key))}" for key in keys)
+    return ", ".join(f"{key}: {value_text(first.get(key))} and {value_text(second.get(key))}" for key in keys)
 
 
 def _settings_of(runs: Sequence[Run]) -> list[dict[str, str]]:
@@ -297,19 +298,6 @@ def _auto_differed(runs: Sequence[Run]) -> list[str]:
     return warnings
 
 
-def _value_text(value: Any) -> str:
-    """A value as the user writes it in YAML: ``null``, ``true``, ``[1.0, 0.5]``."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_value_text(one)}' for key, one in value.items())}}}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(map(_value_text, value))}]"
-    return str(value)
-
-
 def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration with keys that did not exist yet when it ran; as it is where it does not fit at all."""
     try:
@@ -328,5 +316,5 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{name}.")
         else:
-            flat[name] = _value_text(value)
+            flat[name] = value_text(value)
     return flat

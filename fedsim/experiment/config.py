@@ -324,3 +324,16 @@ def config_hash(config: Config) -> str:
 def config_yaml(config: Config) -> str:
     """The resolved configuration as YAML: reading it back gives the same `Config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def value_text(value: Any) -> str:
+    """A value as the user writes it in YAML: ``null``, ``true``, ``[1.0, 0.5]``."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {value_text(one)}' for key, one in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(value_text, value))}]"
+    return str(value)

@@ -24,7 +24,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from fedsim.errors import ConfigError, nearest
-from fedsim.experiment.config import build_config, config_hash, find_config, parse_overrides, read_tree
+from fedsim.experiment.config import build_config, config_hash, find_config, parse_overrides, read_tree, value_text
 from fedsim.settings import Config
 
 TINY = "tiny.yaml"
@@ -347,8 +347,4 @@ def refuse(faults: Sequence[tuple[str, str]], combinations: int) -> None:
 
 
 def _label(values: Values) -> str:
-    return ", ".join(f"{key}={_shown(value)}" for key, value in values.items())
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return ", ".join(f"{key}={value_text(value)}" for key, value in values.items())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import ConfigError, RunError
+from fedsim.experiment.config import value_text
 from fedsim.experiment.results import Run, load
 from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, open_book, read_book
 from fedsim.sweeps.checks import check_cells
@@ -156,7 +157,7 @@ def table_text(plan: SweepPlan, book: SweepBook) -> str:
     rows = [
         [
             str(cell["index"]),
-            *("" if key not in cell["overrides"] else _shown(cell["overrides"][key]) for key in plan.keys),
+            *("" if key not in cell["overrides"] else value_text(cell["overrides"][key]) for key in plan.keys),
             str(cell["seed"]),
             str(cell["directory"]),
             str(cell["state"]),
@@ -170,10 +171,6 @@ def table_text(plan: SweepPlan, book: SweepBook) -> str:
     told = ", ".join(f"{count} {state}" for state, count in book.count().items())
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join([*(line.rstrip() for line in lines), f"{len(book.cells)} cells ({told}) in {book.path}"])
-
-
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _play(plan: SweepPlan, book: SweepBook, pool: Pool, rerun_failed: bool, quiet: bool) -> None:
