@@ -223,17 +223,19 @@ class Criterion:
             groups that were not measured.
         static: from (backbone, seed, client), once; no gradients, no average.
         watches: whether `estimate` reads inputs of Linears and their gradients, which are then kept for it.
+        same_for_all: whether `static` ignores seed and client, so that one result serves the fleet.
     """
 
     estimate: Callable[[LoraModel], GroupScores] | None = None
     static: Callable[[Backbone, int, int], GroupScores] | None = None
     watches: bool = False
+    same_for_all: bool = False
 
 
 CRITERIA: dict[str, Criterion] = {
     "lora_guided": Criterion(estimate=lora_guided),
     "activation_gradient": Criterion(estimate=activation_gradient, watches=True),
-    "magnitude": Criterion(static=lambda backbone, seed, client: magnitude(backbone)),
+    "magnitude": Criterion(static=lambda backbone, seed, client: magnitude(backbone), same_for_all=True),
     "random": Criterion(static=lambda backbone, seed, client: random_scores(backbone.shape, seed, client)),
 }
 """Criteria by the name that ``prune.criterion`` gives; a user's own is one more entry."""

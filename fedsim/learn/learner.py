@@ -44,8 +44,6 @@ from fedsim.specs import (
 from fedsim.structure import Structure
 
 EVALUATION_BATCH = 64
-_SAME_FOR_ALL = ("magnitude",)
-"""Static criteria that look at the frozen weights alone."""
 _STATIC_BYTES = 1 << 26
 """Room for a static criterion's scores of single clients."""
 
@@ -351,7 +349,7 @@ def _static_scores(parts: LearnerParts) -> Callable[[int], GroupScores] | None:
     static, config, shape = parts.criterion.static, parts.config, parts.backbone.shape
     if static is None:
         return None
-    if config.prune.structure == "common" or config.prune.criterion in _SAME_FOR_ALL:
+    if config.prune.structure == "common" or parts.criterion.same_for_all:
         once = lru_cache(maxsize=1)(lambda: static(parts.backbone, config.seed, 0))
         return lambda client: once()
     row_bytes = 8 * shape.layers * (shape.head_groups + shape.ffn)

@@ -132,8 +132,11 @@ def test_a_round_touches_its_participants_rows_only(monkeypatch):
 @pytest.mark.parametrize("structure", ["device", "common"])
 def test_what_no_client_can_change_is_computed_once(structure):
     asked = []
-    criterion = Criterion(static=lambda backbone, seed, client: asked.append(client) or random_scores(SHAPE, 0, 0))
-    learner = make_learner(criterion, criterion="magnitude", structure=structure)
+    criterion = Criterion(
+        static=lambda backbone, seed, client: asked.append(client) or random_scores(SHAPE, 0, 0),
+        same_for_all=structure == "device",
+    )
+    learner = make_learner(criterion, criterion="random", structure=structure)
     play(learner, range(50), 0, 0.3)
     play(learner, range(25, 75), 1, 0.5)
     learner.cut(np.arange(100), np.full(100, 0.6))
