@@ -18,6 +18,9 @@ from fedsim.errors import FedsimError
 if TYPE_CHECKING:
     from fedsim.experiment.comparison import Comparison
 
+BASELINE_HELP = "method or row to measure speedups against (default: fedlora, else fedspine_uniform, else the slowest)"
+WHERE_HELP = "only runs with this setting, such as fleet.name=fedspine-80 (several values: commas; may be repeated)"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``fedsim`` command; returns the exit code."""
@@ -114,7 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="table and figures of finished runs")
     compare.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="runs, or folders of runs")
     compare.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
-    compare.add_argument("--baseline", metavar="METHOD", help="method that speedups are measured against")
+    compare.add_argument("--baseline", metavar="METHOD", help=BASELINE_HELP)
+    compare.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=WHERE_HELP)
     compare.add_argument(
         "--out", metavar="DIR", type=Path, help="folder for figures and their CSV (default: none drawn)"
     )
@@ -132,7 +136,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE.html", type=Path, help="default: report.html in DIR, or here for several DIR"
     )
     report.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
-    report.add_argument("--baseline", metavar="METHOD", help="method that speedups are measured against")
+    report.add_argument("--baseline", metavar="METHOD", help=BASELINE_HELP)
+    report.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=WHERE_HELP)
     report.set_defaults(action=_report)
 
     surrogate = commands.add_parser(
@@ -271,11 +276,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from fedsim.experiment.choose import choose_runs
     from fedsim.experiment.compare import compare
     from fedsim.experiment.results import find_runs
     from fedsim.sweeps.notes import sweep_notes
 
-    runs = find_runs(arguments.directories)
+    runs = choose_runs(find_runs(arguments.directories), arguments.where)
     comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))
     print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
     if arguments.out is not None:
@@ -295,8 +301,7 @@ def _write_speedups(comparison: Comparison, out: Path) -> list[Path]:
     from fedsim.plots.summary import draw_speedups
     from fedsim.plots.summary_frames import speedups
 
-    target, written = comparison.target_accuracy, list[Path]()
-    of = "total simulated time" if target is None else f"time to accuracy {target:.4g}"
+    of, written = comparison.speedup_of_text(), list[Path]()
     draw_speedups(
         speedups(comparison),
         of + (" (provisional)" if comparison.target_is_provisional else ""),
@@ -311,7 +316,9 @@ def _write_speedups(comparison: Comparison, out: Path) -> list[Path]:
 def _report(arguments: argparse.Namespace) -> None:
     from fedsim.report.page import write_report
 
-    path = write_report(arguments.directories, arguments.out, arguments.target_accuracy, arguments.baseline)
+    path = write_report(
+        arguments.directories, arguments.out, arguments.target_accuracy, arguments.baseline, arguments.where
+    )
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedsim.control.policies import POLICY_DEFAULTS
 from fedsim.errors import RunError
-from fedsim.experiment.config import value_text
+from fedsim.experiment.config import dotted, value_text
 from fedsim.experiment.results import Run, is_sweep_folder
 from fedsim.methods.catalogue import METHODS
 from fedsim.settings import Config
@@ -137,13 +138,25 @@ def check_together(runs: Sequence[Run]) -> list[str]:
 def _told_apart(rivals: Sequence[dict[str, str]]) -> list[str]:
     """What tells each configuration of a method from the others."""
     keys = sorted({key for settings in rivals for key in settings})
-    differing = [key for key in keys if len({settings.get(key) for settings in rivals}) > 1]
+    # What the policy brings along (E-UCB's exploration) is the policy: naming that is enough.
+    differing = [
+        key
+        for key in keys
+        if len({own.get(key) for own in rivals}) > 1
+        and len({own.get(key) for own in rivals if own.get(key) != _policys_own(own).get(key)}) > 1
+    ]
     if len(differing) > _KEYS_IN_FULL:
         usual = {key: Counter(settings.get(key) for settings in rivals).most_common(1)[0][0] for key in differing}
         short = [_settings_text(own, [key for key in differing if own.get(key) != usual[key]]) for own in rivals]
         if len(set(short)) == len(rivals):
             return short
     return [_settings_text(own, differing) for own in rivals]
+
+
+def _policys_own(settings: Mapping[str, str]) -> dict[str, str]:
+    """What the run's policy sets where nobody else does."""
+    defaults = POLICY_DEFAULTS.get(settings.get("control.policy", ""), {})
+    return {key: value_text(value) for key, value in defaults.items()}
 
 
 def _settings_text(settings: Mapping[str, str], keys: Sequence[str]) -> str:
@@ -211,8 +224,19 @@ def _refuse_different(runs: Sequence[Run], what: str, of: Callable[[Run], dict[s
     parts = ", ".join(f"{len(members)} such as '{members[0].path}'" for _, members in kinds)
     raise RunError(
         f"runs '{ours[0].path}' and '{others[0].path}' do not belong in one comparison: their {what} differs "
-        f"({_difference(first, second)}); compare them separately" + (f" (by {what}: {parts})" if len(runs) > 2 else "")
+        f"({_difference(first, second)}); compare them separately{_how(ours[0], others[0], what)}"
+        + (f" (by {what}: {parts})" if len(runs) > 2 else "")
     )
+
+
+def _how(one: Run, other: Run, what: str) -> str:
+    """What to give on the command line for either kind; nothing where no setting tells them apart."""
+    section = {"data": "data.", "fleet": "fleet.", "clock (cost model)": "cost."}[what]
+    ours, theirs = (dotted(_with_defaults(run.config)) for run in (one, other))
+    for key in ours:
+        if key.startswith(section) and ours[key] != theirs.get(key):
+            return f", with --where {key}={value_text(ours[key])} or --where {key}={value_text(theirs.get(key))}"
+    return ""
 
 
 def _refuse_different_splits(runs: Sequence[Run]) -> None:
@@ -306,15 +330,6 @@ def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
         return config
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flat(tree: Mapping[str, Any]) -> dict[str, str]:
     """Dotted keys and values as text, without those that have no effect on results."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if name.startswith(_WITHOUT_EFFECT) or f"{name}." in _WITHOUT_EFFECT:
-            continue
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{name}.")
-        else:
-            flat[name] = value_text(value)
-    return flat
+    return {key: value_text(value) for key, value in dotted(tree).items() if not key.startswith(_WITHOUT_EFFECT)}

@@ -14,6 +14,10 @@ Seeds of one method and configuration form one row. Choices [ours], where the li
 * *Sparsity* is the fleet mean of the pruning ratio achieved at the end, with its range over devices: the manifest's
   where the run is finished (it includes the final cut, and clients that were never sampled), else each client's last
   record.
+* Where nothing was evaluated, speedups are of the total simulated time; of the mean time of a round where the runs hold
+  different numbers of rounds.
+* *Lost* is the share of all dispatched updates that did not arrive (late, dropped, out of memory, not finite): a round
+  that waits for nobody is short, and worth nothing.
 * *Idle share* is the mean over rounds of `idle_fraction`. That of the fastest class uses the clients of the device
   class that computes fastest in the baseline's runs, the same class for every method.
 """
@@ -21,7 +25,7 @@ Seeds of one method and configuration form one row. Choices [ours], where the li
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from fedsim.errors import ConfigError, unknown
 from fedsim.experiment.belonging import Group, Repeat, check_together, clock_text, finished_only, group_runs, labels
 from fedsim.experiment.bootstrap import mean_interval, ratio_interval
 from fedsim.experiment.comparison import Comparison
+from fedsim.experiment.doubts import doubts
 from fedsim.experiment.results import Run
 
 __all__ = ["Comparison", "compare", "final_sparsity", "idle_of_class", "time_to_target"]
@@ -53,7 +58,8 @@ def compare(
     Args:
         runs: unfinished ones are left out, with a warning.
         target_accuracy: in (0, 1]; default: the highest accuracy that every run reaches.
-        baseline: a method or a row's label; default: fedlora, else fedspine_uniform, else the slowest in total.
+        baseline: a method or a row's label; default: fedlora, else fedspine_uniform (where the runs hold one
+            configuration of it), else the slowest in total.
         notes: what is known of runs that are missing, such as `fedsim.sweeps.notes.sweep_notes`; become warnings.
     Raises:
         RunError: the runs do not belong together (other data, fleet or clock), or none is finished.
@@ -70,30 +76,28 @@ def compare(
     facts = {
         group.label: {repeat: _facts(run, target, fastest) for repeat, run in group.runs.items()} for group in groups
     }
-    speedup_of = "simulated_s" if target is None else "time_to_target_s"
+    speedup_of = _speedup_of(facts, target)
     rows = pd.DataFrame([_row(group, facts[group.label], facts[base.label], speedup_of) for group in groups])
+    rows = _in_order(rows)
+    table = pd.DataFrame(
+        [
+            {"method": group.label, "seed": repeat[0], "profile_draw": None if repeat[1] < 0 else repeat[1], **values}
+            for group in groups
+            for repeat, values in facts[group.label].items()
+        ]
+    )
     return Comparison(
-        rows=_in_order(rows),
-        runs=pd.DataFrame(
-            [
-                {
-                    "method": group.label,
-                    "seed": repeat[0],
-                    "profile_draw": None if repeat[1] < 0 else repeat[1],
-                    **values,
-                }
-                for group in groups
-                for repeat, values in facts[group.label].items()
-            ]
-        ),
+        rows=rows,
+        runs=table,
         target_accuracy=target,
         target_is_default=target_accuracy is None,
         baseline=base.label,
+        baseline_is_default=baseline is None,
         speedup_of=speedup_of,
         fastest_class=fastest,
         clock=clock_text(done),
         labels=labels(done),
-        warnings=(*notes, *warnings, *more),
+        warnings=(*notes, *warnings, *more, *doubts(rows, table, target, _classes(done))),
         is_surrogate=done[0].is_surrogate,
         target_is_provisional=target is not None and target_accuracy is None and (bool(notes) or len(done) < len(runs)),
     )
@@ -159,6 +163,10 @@ def _facts(run: Run, target: float | None, fastest: str | None) -> dict[str, Any
     with_clients = fastest is not None and run.has("client_rounds")
     return {
         "rounds": len(rounds),
+        "round_s": float(rounds["end_s"].iloc[-1]) / len(rounds),
+        "lost_fraction": _share(rounds["dropped"].sum(), rounds["participants"].sum()),
+        "evaluations": len(tested),
+        "reached_at_once": target is not None and bool(len(tested)) and float(tested.iloc[0]) >= target,
         "time_to_target_s": math.nan if target is None else time_to_target(rounds, target),
         "time_known_to_s": math.nan if target is None else time_known_to(rounds, target),
         "evaluated_every_rounds": every_rounds,
@@ -179,6 +187,9 @@ def _facts(run: Run, target: float | None, fastest: str | None) -> dict[str, Any
 
 
 _AVERAGED = (
+    "rounds",
+    "round_s",
+    "lost_fraction",
     "time_to_target_s",
     "time_known_to_s",
     "evaluated_every_rounds",
@@ -227,7 +238,25 @@ def _row(
         "speedup_high": ratio.high,
         "speedup_pairs": len(pairs),
         "speedup_pairs_missed": len(common) - len(pairs),
+        "speedup_unpaired": len(own) - len(common),
     }
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part) / float(whole) if whole else math.nan
+
+
+def _speedup_of(facts: Mapping[str, Mapping[Repeat, Mapping[str, Any]]], target: float | None) -> str:
+    if target is not None:
+        return "time_to_target_s"
+    rounds = {values["rounds"] for own in facts.values() for values in own.values()}
+    return "simulated_s" if len(rounds) == 1 else "round_s"
+
+
+def _classes(runs: Sequence[Run]) -> int:
+    """Labels of the classifier; 0 of a language model, a surrogate or where nothing is known."""
+    names = (runs[0].manifest.get("data") or {}).get("label_names")
+    return len(names) if isinstance(names, list) else 0
 
 
 def _in_order(rows: pd.DataFrame) -> pd.DataFrame:

@@ -27,12 +27,14 @@ class Comparison:
         target_is_default: whether the target was derived from the runs.
         target_is_provisional: whether it was, while runs were missing or unfinished: it may move as they finish.
         baseline: label of the row that speedups are measured against.
-        speedup_of: ``time_to_target_s``, or ``simulated_s`` where nothing was evaluated (timing only).
+        speedup_of: ``time_to_target_s``; where nothing was evaluated (timing only) ``simulated_s``, or ``round_s``
+            where the runs hold different numbers of rounds.
         fastest_class: device class of `idle_fastest_fraction`; None where no run has client records.
         clock: the sentence on the clock's workload that belongs under every table.
         labels: how far the numbers may be trusted.
         warnings: what makes the runs unequal.
         is_surrogate: whether accuracies come from a fitted model instead of training.
+        baseline_is_default: whether the baseline was chosen by rule.
     """
 
     rows: pd.DataFrame
@@ -47,6 +49,7 @@ class Comparison:
     warnings: tuple[str, ...]
     is_surrogate: bool = False
     target_is_provisional: bool = False
+    baseline_is_default: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values only; a missing number is null."""
@@ -56,6 +59,7 @@ class Comparison:
             "target_is_provisional": self.target_is_provisional,
             "time_to_target_is": TIME_TO_TARGET,
             "baseline": self.baseline,
+            "baseline_is_default": self.baseline_is_default,
             "speedup_of": self.speedup_of,
             "fastest_class": self.fastest_class,
             "clock": self.clock,
@@ -65,6 +69,12 @@ class Comparison:
             "rows": _records(self.rows),
             "runs": _records(self.runs),
         }
+
+    def speedup_of_text(self) -> str:
+        """What is compared, such as "time to accuracy 0.9"."""
+        if self.target_accuracy is not None:
+            return f"time to accuracy {self.target_accuracy:.4g}"
+        return "total simulated time" if self.speedup_of == "simulated_s" else "mean simulated time of a round"
 
     def as_text(self) -> str:
         """Aligned table with units in its header, rows by sparsity, and everything a reader must know below it."""
@@ -127,8 +137,9 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
     if comparison.fastest_class is not None:
         header.append("idle, fastest")
         units.append("share")
-    header += ["traffic", "energy"]
-    units += [byte_unit, joule_unit]
+    unequal, lossy = columns_in_need(rows)
+    header += ["traffic", "energy", *(["rounds"] if unequal else []), *(["lost"] if lossy else [])]
+    units += [byte_unit, joule_unit, *([""] if unequal else []), *(["updates"] if lossy else [])]
     cells = []
     for _, row in rows.iterrows():
         cell = [
@@ -148,15 +159,22 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
             cell.append(number_text(row["idle_fastest_fraction"], ".1%"))
         cell.append(number_text(row["traffic_bytes"] / byte_scale, ".2f"))
         cell.append(number_text(row["energy_j"] / joule_scale, ".2f"))
+        cell += [f"{row['rounds']:g}"] if unequal else []
+        cell += [number_text(row["lost_fraction"], ".1%")] if lossy else []
         cells.append(cell)
     return header, units, cells
+
+
+def columns_in_need(rows: pd.DataFrame) -> tuple[bool, bool]:
+    """Whether the rows differ in their numbers of rounds, and whether updates were lost in any."""
+    return rows["rounds"].nunique() > 1, bool((rows["lost_fraction"] > 0).any())
 
 
 def target_text(comparison: Comparison) -> list[str]:
     """What the target is, how firm it is, and how exactly times to it are known; a line for each."""
     target = comparison.target_accuracy
     if target is None:
-        return ["No accuracy was evaluated: speedups are of total simulated time."]
+        return [f"No accuracy was evaluated: speedups are of the {comparison.speedup_of_text()}."]
     lines = [f"Target accuracy {target:g}, as asked."]
     if comparison.target_is_default:
         lines = [
@@ -177,10 +195,12 @@ def target_text(comparison: Comparison) -> list[str]:
 def _notes(comparison: Comparison) -> list[str]:
     lines = target_text(comparison)
     lines += reached_text(comparison)
+    chosen = " (by default; --baseline sets another)" if comparison.baseline_is_default else ""
     lines.append(
-        f"Speedup over {comparison.baseline}, paired by seed, geometric mean; 95% bootstrap interval over seeds; fewer "
-        "than three pairs have no interval, and of fewer than six it is little more than their range."
+        f"Speedup over {comparison.baseline}{chosen}, paired by seed, geometric mean; 95% bootstrap interval over "
+        "seeds; fewer than three pairs have no interval, and of fewer than six it is little more than their range."
     )
+    lines.append("Idle: mean over rounds of idle seconds over client seconds.")
     if comparison.fastest_class is not None:
         lines.append(
             f"Fastest class: {comparison.fastest_class} (least compute time in the runs of {comparison.baseline})."
@@ -247,8 +267,8 @@ def speedup_text(row: Any, baseline: str) -> str:
         text += " [no interval]"
     else:
         text += f" [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
-    missed = int(row["speedup_pairs_missed"])
-    return f"{text} ({row['speedup_pairs']} of {row['speedup_pairs'] + missed})" if missed else text
+    pairs, left_out = int(row["speedup_pairs"]), int(row["speedup_pairs_missed"]) + int(row["speedup_unpaired"])
+    return f"{text} ({pairs} of {pairs + left_out})" if left_out else text
 
 
 def reached_text(comparison: Comparison) -> list[str]:

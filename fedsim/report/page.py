@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.errors import RunError
+from fedsim.experiment.choose import choose_runs
 from fedsim.experiment.compare import Comparison, compare
 from fedsim.experiment.results import Run, find_runs
 from fedsim.experiment.reward_terms import missing_losses
@@ -25,6 +26,7 @@ def write_report(
     out: str | Path | None = None,
     target_accuracy: float | None = None,
     baseline: str | None = None,
+    where: Sequence[str] = (),
 ) -> Path:
     """Write the page on all finished runs at or below one folder, or several.
 
@@ -32,6 +34,7 @@ def write_report(
         out: the file; default: ``report.html`` in the folder, or here for several. One that is there is replaced, whole
             or not at all.
         target_accuracy, baseline: as of `compare`.
+        where: settings of the runs to take, as of `choose_runs`.
     Returns:
         The file written.
     Raises:
@@ -42,7 +45,9 @@ def write_report(
     path = Path(out) if out is not None else given[0] / REPORT if len(given) == 1 else Path(REPORT)
     if path.is_dir():
         raise RunError(f"--out: '{path}' is a folder; give the name of a file, such as {path / REPORT}")
-    text = report_html(find_runs(given), _named(given), target_accuracy, baseline, sweep_notes(given))
+    runs = choose_runs(find_runs(given), where)
+    title = ", ".join([_named(given), *where])
+    text = report_html(runs, title, target_accuracy, baseline, sweep_notes(given))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)

@@ -26,6 +26,7 @@ from fedsim.experiment.compare import (
 )
 from fedsim.experiment.results import Run, find_runs, load
 from fedsim.methods.catalogue import METHODS
+from fedsim.settings import Config
 from fedsim.sweeps.notes import sweep_notes
 
 FINISHED = {
@@ -39,7 +40,7 @@ FINISHED = {
 }
 
 
-def hand_run(method, seed, end_s, accuracy, idle=0.25, manifest=None, ratio=0.0, config=None):
+def hand_run(method, seed, end_s, accuracy, idle=0.25, manifest=None, ratio=0.0, config=None, lost=0):
     """A run in memory: rounds that end at `end_s`, accuracies with None between evaluations, two clients a round."""
     count = len(end_s)
     rounds = pd.DataFrame(
@@ -47,6 +48,8 @@ def hand_run(method, seed, end_s, accuracy, idle=0.25, manifest=None, ratio=0.0,
             "round": range(count),
             "end_s": end_s,
             "idle_fraction": idle,
+            "participants": 2,
+            "dropped": lost,
             "bytes_down": 3e6,
             "bytes_up": 1e6,
             "energy_j": 500.0,
@@ -528,7 +531,7 @@ def test_timing_only_runs_compare_total_time():
     assert comparison.target_accuracy is None
     assert comparison.speedup_of == "simulated_s"
     assert row_of(comparison, "fedspine")["speedup"] == pytest.approx(1.5)
-    assert "No accuracy was evaluated: speedups are of total simulated time." in comparison.as_text()
+    assert "No accuracy was evaluated: speedups are of the total simulated time." in comparison.as_text()
 
 
 def test_the_clock_and_its_standing_stand_under_every_table():
@@ -620,3 +623,72 @@ def test_the_speedups_are_drawn_beside_the_other_figures(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "runs" / "fedlora"), "--out", str(tmp_path / "alone")]) == 0
     assert not list((tmp_path / "alone").glob("speedup.*"))
     assert (tmp_path / "alone" / "timeline.png").exists()
+
+
+def test_runs_of_different_length_are_compared_by_the_mean_round_and_told():
+    """Half the rounds in half the time are no speedup."""
+    runs = [hand_run("fedlora", 0, [10, 20, 30, 40], [None] * 4), hand_run("fedspine", 0, [10, 20], [None] * 2)]
+    comparison = compare(runs)
+    assert comparison.speedup_of == "round_s"
+    assert row_of(comparison, "fedspine")["speedup"] == 1.0
+    text = comparison.as_text()
+    assert "speedups are of the mean simulated time of a round" in text
+    assert "the rows hold 2 to 4 rounds: their total times, traffic and energy are not of equal work" in text
+    assert text.splitlines()[0].split()[-1] == "rounds"
+    same = compare([hand_run(name, 0, [10, 20], [None] * 2) for name in ("fedlora", "fedspine")])
+    assert "rounds: their" not in same.as_text()
+    assert "rounds" not in same.as_text().splitlines()[0]
+
+
+def test_lost_updates_are_a_column_and_a_warning():
+    runs = [hand_run("fedlora", 0, [10, 20], [0.6, 0.7]), hand_run("fedspine", 0, [5, 10], [0.6, 0.7], lost=2)]
+    comparison = compare(runs)
+    assert row_of(comparison, "fedspine")["lost_fraction"] == 1.0
+    text = comparison.as_text()
+    assert text.splitlines()[0].split()[-1] == "lost"
+    assert "not finite): fedspine 100%; their rounds are short" in text
+    assert "lost" not in compare(runs[:1]).as_text()
+
+
+@pytest.mark.parametrize(("accuracy", "warned"), [(0.52, True), (0.62, False)])
+def test_a_target_that_guessing_reaches_is_told(accuracy, warned):
+    labelled = {"data": {**FINISHED["data"], "label_names": ["no", "yes"]}}
+    runs = [
+        hand_run("fedlora", 0, [10, 20], [0.5, accuracy], manifest=labelled),
+        hand_run("fedspine", 0, [10, 20], [0.5, 0.9], manifest=labelled),
+    ]
+    assert ("hardly above guessing among 2 labels" in compare(runs).as_text()) is warned
+
+
+def test_a_target_that_every_first_evaluation_reaches_is_told():
+    runs = [hand_run("fedlora", 0, [10, 20], [0.7, 0.8]), hand_run("fedspine", 0, [9, 18], [0.75, 0.9])]
+    said = "every run is at the target at its first evaluation"
+    assert said in compare(runs, 0.7).as_text()
+    assert said not in compare(runs, 0.75).as_text()
+    assert said not in compare(runs[:1], 0.7).as_text()
+
+
+def test_a_speedup_over_fewer_seeds_than_the_row_has_says_so():
+    runs = [
+        *(hand_run("fedlora", seed, [10, 20], [0.7, 0.8]) for seed in (0, 1)),
+        *(hand_run("fedspine", seed, [5, 10], [0.7, 0.8]) for seed in (0, 2)),
+    ]
+    assert "2.00x [no interval] (1 of 2)" in compare(runs, 0.8).as_text()
+
+
+def test_the_default_baseline_says_that_it_is_one():
+    runs = [hand_run("fedlora", 0, [10, 20], [0.7, 0.8]), hand_run("fedspine", 0, [5, 10], [0.7, 0.8])]
+    assert "Speedup over fedlora (by default; --baseline sets another), paired" in compare(runs).as_text()
+    assert "Speedup over fedlora, paired" in compare(runs, baseline="fedlora").as_text()
+
+
+def test_what_a_policy_brings_along_is_not_named_beside_it():
+    def run(policy, **control):
+        config = Config.model_validate({"method": "fedspine", "control": {"policy": policy, **control}})
+        return hand_run("fedspine", 0, [10], [0.9], config=config.model_dump(mode="json"))
+
+    own = {"exploration": 2.0**0.5, "cut": "played"}
+    groups, _ = group_runs([run("sucb"), run("e_ucb", **own)])
+    assert [group.label for group in groups] == ["fedspine (control.policy=sucb)", "fedspine (control.policy=e_ucb)"]
+    groups, _ = group_runs([run("sucb"), run("e_ucb", **own), run("e_ucb", exploration=0.5, cut="played")])
+    assert groups[2].label == "fedspine (control.exploration=0.5, control.policy=e_ucb)"
