@@ -116,7 +116,14 @@ def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
             raise ConfigError(f"--grid '{item}' is not of the form key=v1,v2, such as train.local_steps=10,20")
         if key in grid:
             raise ConfigError(f"--grid: key '{key}' stands twice; give all its values at once ({key}=v1,v2)")
-        grid[key] = list(parse_overrides([f"{key}=[{text}]"])[key] or [])
+        try:
+            grid[key] = list(parse_overrides([f"{key}=[{text}]"])[key] or [])
+        except ConfigError as error:
+            if re.search(r"(^|,)\s*,", text):
+                raise ConfigError(
+                    f"--grid {key}: a value of '{text}' is empty (before a comma; null stands for none)"
+                ) from error
+            raise
         if not grid[key]:
             raise ConfigError(f"--grid {key}: no value given (at least one, separated by commas)")
     return grid

@@ -52,6 +52,8 @@ def test_values_of_the_command_line_have_the_types_of_yaml():
         (["method="], "method: no value"),
         (["method=a", "method=b"], "'method' stands twice"),
         (["method=[a"], "not readable YAML"),
+        (["method=fedspine,,fedlora"], "--grid method: a value of 'fedspine,,fedlora' is empty"),
+        (["method=, fedlora"], "--grid method: a value of ', fedlora' is empty"),
     ],
 )
 def test_malformed_grids_are_refused(items, words):
