@@ -22,6 +22,8 @@ from fedsim.experiment.progress import seconds_text
 from fedsim.experiment.records import list_parts
 from fedsim.experiment.rundir import CONFIG, MANIFEST, PARTS, SWEEP_BOOK, read_manifest
 
+_AFRESH = "delete the folder and run it again; for a sweep's cell the same sweep command runs it again"
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -133,9 +135,11 @@ class Run:
         try:
             tables = [pq.read_table(path).cast(schema_of(table)) for path in parts]
         except FileNotFoundError as error:
-            raise RunError(f"records file '{error.filename or joined}' of run '{self.path}' is missing") from None
+            raise RunError(
+                f"records file '{error.filename or joined}' of run '{self.path}' is missing: {_AFRESH}"
+            ) from None
         except (pa.ArrowInvalid, ValueError) as error:
-            raise RunError(f"records '{table}' of run '{self.path}' are damaged: {error}") from None
+            raise RunError(f"records '{table}' of run '{self.path}' are damaged ({error}): {_AFRESH}") from None
         whole = pa.concat_tables(tables) if tables else schema_of(table).empty_table()
         return whole.to_pandas()[[column.name for column in TABLES[table]]]
 

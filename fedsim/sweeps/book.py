@@ -13,6 +13,8 @@ import os
 import sys
 import uuid
 from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from fedsim.experiment.rundir import (
     SWEEP_BOOK,
     TEMPORARY_SUFFIX,
     atomic_write_json,
+    atomic_write_text,
     read_manifest,
     writing,
 )
@@ -30,6 +33,8 @@ from fedsim.sweeps.grid import SweepPlan
 from fedsim.sweeps.jobs import Done
 
 BOOK = SWEEP_BOOK
+ERROR = "error.txt"
+"""In a cell's directory: the traceback of an error that nobody foresaw, until the cell starts again."""
 PENDING, RUNNING, FINISHED, FAILED, INTERRUPTED = "pending", "running", "finished", "failed", "interrupted"
 STATES = (PENDING, RUNNING, FINISHED, FAILED, INTERRUPTED)
 
@@ -63,6 +68,8 @@ class SweepBook:
         """A cell starts."""
         self.cells[index] |= {"state": RUNNING, "error": None}
         self.cells[index].pop("traceback", None)
+        with suppress(OSError):  # a run would refuse to begin in a directory that holds this alone
+            self._error_file(index).unlink(missing_ok=True)
         self.write()
 
     def end(self, done: Done) -> None:
@@ -72,6 +79,10 @@ class SweepBook:
         cell |= {"host_s": round(done.host_s, 3), "worker": done.worker, "summary": done.summary}
         if done.trace:
             cell["traceback"] = done.trace
+            # Here and not in the cell's process: a node of a cluster may have sent back no directory at all.
+            with suppress(OSError, RunError):  # a full disk: the book's own warning says so
+                self._error_file(done.index).parent.mkdir(exist_ok=True)
+                atomic_write_text(self._error_file(done.index), done.trace)
         self.write()
 
     def interrupt(self) -> None:
@@ -94,6 +105,9 @@ class SweepBook:
                 print(f"fedsim: warning: {error}; the sweep goes on", file=sys.stderr, flush=True)
             self._unwritten = True
 
+    def _error_file(self, index: int) -> Path:
+        return self.path / str(self.cells[index]["directory"]) / ERROR
+
     def close(self) -> None:
         """Release the folder. Closing twice does nothing."""
         if self._lock is not None:
@@ -106,7 +120,7 @@ def open_book(path: Path, plan: SweepPlan) -> SweepBook:
     """Make or re-open the folder of a sweep, and lock it.
 
     Cells that an earlier sweep in the folder has and `plan` has not are refused: that is another sweep. The other way
-    round (more seeds, more values) the sweep grows.
+    round (more seeds, more values) the sweep grows. A sweep of which no cell ever began is replaced.
 
     Raises:
         RunError: the folder holds another sweep or other files, is in use, or cannot be written.
@@ -124,7 +138,7 @@ def open_book(path: Path, plan: SweepPlan) -> SweepBook:
         known = {str(cell["config_hash"]): cell for cell in old["cells"]}
         asked = {cell.config_hash for cell in plan.cells}
         lost = [cell for digest, cell in known.items() if digest not in asked]
-        if lost:
+        if lost and any(_has_begun(path, cell) for cell in known.values()):
             raise RunError(
                 f"'{path}' holds another sweep: {len(lost)} of its {len(known)} cells are not among those asked for "
                 f"(first: {lost[0]['label']}); give another --out, or the same grid and seeds, or more of them"
@@ -187,6 +201,16 @@ def read_book(path: Path) -> dict[str, Any]:
             f"'{file}' is damaged: remove it, and the same command makes it again from the runs beside it"
         ) from None
     return dict(book)
+
+
+def error_text(folder: Path, cell: Mapping[str, Any]) -> str:
+    """The error of a cell that failed, with the file that holds its traceback where there is one."""
+    file = folder / str(cell["directory"]) / ERROR
+    return f"{cell['error']} (traceback: {file})" if cell.get("traceback") and file.is_file() else str(cell["error"])
+
+
+def _has_begun(path: Path, cell: Mapping[str, Any]) -> bool:
+    return cell["state"] != PENDING or (path / str(cell["directory"])).exists()
 
 
 def _state(directory: Path, digest: str, recorded: str) -> str:

@@ -10,6 +10,7 @@ from multiprocessing.connection import Pipe
 from typing import Protocol
 
 from fedsim.errors import RunError
+from fedsim.sweeps.book import SweepBook
 from fedsim.sweeps.host import READY
 from fedsim.sweeps.jobs import Done, Job, Setup
 
@@ -21,6 +22,9 @@ _PATIENCE_S = 5.0
 
 class Pool(Protocol):
     """Where cells run. `start` is allowed while `idle` is above 0."""
+
+    def serve(self, book: SweepBook) -> None:
+        """The sweep's folder is open: get ready for its cells. Called once, before anything else."""
 
     @property
     def idle(self) -> int:
@@ -96,6 +100,9 @@ class LocalPool:
         self._host = CellHost(setup)
         self._running: set[int] = set()
         self._deaths_in_a_row = 0
+
+    def serve(self, book: SweepBook) -> None:
+        """Nothing to do: a job says all that the host needs."""
 
     @property
     def idle(self) -> int:

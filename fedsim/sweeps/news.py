@@ -41,13 +41,17 @@ class SweepNews:
         """A cell starts."""
         self.running[index] = time.monotonic()
 
-    def ended(self, done: Done) -> None:
-        """A cell ended: how, and about how long the rest takes at the pace so far."""
+    def ended(self, done: Done, error: str | None = None) -> None:
+        """A cell ended: how, and about how long the rest takes at the pace so far.
+
+        Args:
+            error: what to say of one that failed; default: its own sentence.
+        """
         del self.running[done.index]
         self._ended += 1
         spent_s = time.monotonic() - self._began_s
         left_s = spent_s / self._ended * (self._due - self._ended)
-        how = f"failed: {done.error}" if done.error else str(done.summary)
+        how = f"failed: {error or done.error}" if done.error else str(done.summary)
         left = f"; about {duration_text(left_s)} to go" if left_s > 0 else ""
         place = f"[{self._ended}/{self._due}] cell {done.index} ({self._plan.cells[done.index].label})"
         self._say(f"{place}, {done.host_s:.1f} host s: {how}{left}")

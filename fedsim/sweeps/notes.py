@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 BOOK = "sweep.json"
+MANIFEST = "manifest.json"
 SHOWN = 3
 """Cells named one by one; the others are counted."""
 
@@ -17,8 +18,8 @@ def sweep_notes(paths: Iterable[str | Path]) -> list[str]:
     for path in map(Path, paths):
         try:
             cells = json.loads((path / BOOK).read_text(encoding="utf-8"))["cells"]
-            missing = [cell for cell in cells if cell["state"] != "finished"]
-            said = [_cell_text(cell) for cell in missing[:SHOWN]]
+            missing = [cell for cell in cells if cell["state"] != "finished" or _is_gone(path, cell)]
+            said = [_cell_text(path, cell) for cell in missing[:SHOWN]]
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError, TypeError):
@@ -30,6 +31,13 @@ def sweep_notes(paths: Iterable[str | Path]) -> list[str]:
     return notes
 
 
-def _cell_text(cell: dict[str, object]) -> str:
+def _is_gone(path: Path, cell: dict[str, object]) -> bool:
+    """Whether the run directory was removed since the book was written."""
+    return "directory" in cell and not (path / str(cell["directory"]) / MANIFEST).is_file()
+
+
+def _cell_text(path: Path, cell: dict[str, object]) -> str:
+    if cell["state"] == "finished":
+        return f"{cell.get('label') or cell['directory']} (its directory is gone: '{path / str(cell['directory'])}')"
     error = f", {str(cell['error']).splitlines()[0]}" if cell.get("error") else ""
     return f"{cell.get('label') or cell.get('directory') or '?'} ({cell['state']}{error})"

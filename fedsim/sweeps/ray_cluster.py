@@ -104,31 +104,34 @@ class CellActor:
 class RayPool:
     """Cells on a Ray cluster; as many at a time as it has room for."""
 
-    def __init__(self, setup: Setup, address: str, book: SweepBook, threads: int) -> None:
-        """Connect and ask for actors.
+    def __init__(self, setup: Setup, address: str, threads: int) -> None:
+        """Connect; nothing is written.
 
         Args:
             address: ``local`` (a cluster of this computer's own), ``auto``, ``HOST:PORT`` or ``ray://HOST:PORT``.
             threads: cores that one cell uses.
         Raises:
-            RunError: Ray is not installed, nothing answers at the address, or the nodes have another fedsim.
+            RunError: Ray is not installed, nothing answers at the address, or the cluster has too few cores.
         """
         self._ray = _connect(address)
-        self._folder = book.path
-        self._arguments = (setup, str(book.path.resolve()), book.identity, os.getcwd())
-        self._remote_folder: dict[int, Path] = {}
+        self._setup = setup
+        self._arguments: tuple[Setup, str, str, str] | None = None
         resources = self._ray.cluster_resources()
-        cores = int(resources.get("CPU", 0)) // threads
-        if cores < 1:
+        self._cores = int(resources.get("CPU", 0)) // threads
+        if self._cores < 1:
             self._ray.shutdown()
             raise RunError(f"the Ray cluster at '{address}' has no {threads} free core(s) for a cell")
         # Without a share of a card Ray hides all cards from an actor; an equal share to each core, as on one computer.
         cards = float(resources.get("GPU", 0)) if setup.trains else 0.0
-        self._options = {"num_cpus": threads, "num_gpus": min(1.0, cards / cores), "max_restarts": 0}
+        self._options = {"num_cpus": threads, "num_gpus": min(1.0, cards / self._cores), "max_restarts": 0}
         self._coming: dict[Any, Any] = {}
         self._free: list[Any] = []
         self._running: dict[Any, tuple[Job, Any]] = {}
-        for _ in range(min(cores, len(book.cells))):
+
+    def serve(self, book: SweepBook) -> None:
+        """Ask for actors that run this book's cells."""
+        self._arguments = (self._setup, str(book.path.resolve()), book.identity, os.getcwd())
+        for _ in range(min(self._cores, len(book.cells))):
             self._grow()
 
     @property
@@ -164,6 +167,7 @@ class RayPool:
         self._ray.shutdown()
 
     def _grow(self) -> None:
+        assert self._arguments is not None  # `serve` comes first
         actor = self._ray.remote(CellActor).options(**self._options).remote(*self._arguments)
         self._coming[actor.version.remote()] = actor
 

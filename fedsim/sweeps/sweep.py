@@ -16,7 +16,7 @@ from typing import Any
 from fedsim.errors import ConfigError, RunError
 from fedsim.experiment.config import value_text
 from fedsim.experiment.results import Run, load
-from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, open_book, read_book
+from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, error_text, open_book, read_book
 from fedsim.sweeps.checks import check_cells
 from fedsim.sweeps.grid import Grid, SweepPlan, plan_sweep
 from fedsim.sweeps.host import import_user_modules
@@ -58,7 +58,7 @@ class Sweep:
         told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
         lines = [f"{len(self.cells)} cells, {told}: {self.path}"]
         for cell in self.failed:
-            lines.append(f"failed: cell {cell['index']} ({cell['label']}): {cell['error']}")
+            lines.append(f"failed: cell {cell['index']} ({cell['label']}): {error_text(self.path, cell)}")
         return "\n".join(lines)
 
 
@@ -111,15 +111,16 @@ def sweep(
             pool = LocalPool(setup, at_once)
         if due:
             check_cells(plan, here=ray is None)
+        if due and ray is not None:
+            from fedsim.sweeps.ray_cluster import RayPool  # an optional package
+
+            pool = RayPool(setup, ray, threads)  # joined before anything is written: the address may be wrong
         book = open_book(path, plan)
         try:
             if not quiet:
                 print(table_text(plan, book), flush=True)
-            if book.due(rerun_failed):
-                if pool is None:
-                    from fedsim.sweeps.ray_cluster import RayPool  # an optional package
-
-                    pool = RayPool(setup, str(ray), book, threads)
+            if pool is not None:
+                pool.serve(book)
                 _play(plan, book, pool, rerun_failed, quiet)
         finally:
             book.close()
@@ -130,7 +131,7 @@ def sweep(
 
 
 def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
-    """The runs of a sweep's folder, in the order of its cells.
+    """The runs of a sweep's folder, in the order of its cells; one whose directory was removed is not among them.
 
     Args:
         unfinished: also those that have begun and are not finished (`Run.finished` tells them).
@@ -143,7 +144,7 @@ def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
         try:
             run = load(path / cell["directory"])
         except RunError:
-            if cell["state"] == FINISHED:
+            if cell["state"] == FINISHED and (path / cell["directory"]).exists():
                 raise
             continue
         if run.finished or unfinished:
@@ -193,7 +194,7 @@ def _play(plan: SweepPlan, book: SweepBook, pool: Pool, rerun_failed: bool, quie
                 news.began(index)
             for done in pool.wait(news.patience_s):
                 book.end(done)
-                news.ended(done)
+                news.ended(done, error_text(book.path, book.cells[done.index]))
             news.still_running()
     except BaseException:
         book.interrupt()

@@ -74,7 +74,10 @@ def test_what_is_no_run_is_refused(tmp_path):
         load(tmp_path)
     path = write_run(tmp_path / "run", rounds=1, clients=8)
     (path / "rounds.parquet").write_bytes(b"PAR1")
-    with pytest.raises(RunError, match=r"records 'rounds' .* damaged"):
+    with pytest.raises(RunError, match=r"records 'rounds' .* damaged .*: delete the folder and run it again"):
+        _ = load(path).rounds
+    (path / "rounds.parquet").unlink()
+    with pytest.raises(RunError, match=r"rounds\.parquet' .* is missing: delete the folder and run it again"):
         _ = load(path).rounds
     for damage in ("- a\n", "a: [\n"):
         (path / "config.yaml").write_text(damage)

@@ -24,6 +24,7 @@ from fedsim.experiment.results import find_runs
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
 from fedsim.sweeps.book import open_book, read_book
 from fedsim.sweeps.grid import plan_sweep
+from fedsim.sweeps.jobs import Done
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {
@@ -215,7 +216,8 @@ def test_a_cell_that_fails_takes_nothing_else_along(tmp_path, monkeypatch, capsy
     command = ["sweep", str(config), "--grid", f"method=fedlora,{','.join(bad)},fedspine", "--out", str(out)]
     command += ["--workers", "2", "--import", PLUGIN]
     assert main(command) == 1
-    told = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    told = printed.out.splitlines()
     assert states(out) == ["finished", "failed", "failed", "failed", "failed", "finished"]
     errors = {cell["method"]: cell["error"] for cell in read_book(out)["cells"]}
     assert errors["made_to_crash"] == "ZeroDivisionError: an error that nobody foresaw"
@@ -224,12 +226,21 @@ def test_a_cell_that_fails_takes_nothing_else_along(tmp_path, monkeypatch, capsy
     assert errors["made_to_leave"] == "its process ended with exit code 7 before the run did"
     assert "sweep_plugin.py" in read_book(out)["cells"][1]["traceback"]
     assert sum(line.startswith("failed: cell ") for line in told) == 4
+    # Only what nobody foresaw has a traceback to read; both places name it.
+    (trace,) = out.glob("*/error.txt")
+    assert trace.parent.name == read_book(out)["cells"][1]["directory"]
+    assert "sweep_plugin.py" in trace.read_text()
+    assert "ZeroDivisionError: an error that nobody foresaw" in trace.read_text()
+    said = f"ZeroDivisionError: an error that nobody foresaw (traceback: {trace})"
+    assert said in printed.err
+    assert sum(said in line for line in told) == 1
 
     assert main(command) == 1  # they stay failed until asked for
     assert "[" not in capsys.readouterr().err
     mended.touch()
     assert main([*command, "--rerun-failed"]) == 0
     assert states(out) == ["finished"] * 6
+    assert not list(out.glob("*/error.txt"))
     assert all("traceback" not in cell and cell["error"] is None for cell in read_book(out)["cells"])
     # They went on from their checkpoints, and ended as if nothing had happened.
     runs = {run.method: run for run in fedsim.load_sweep(out)}
@@ -302,6 +313,52 @@ def test_a_book_that_was_removed_is_made_again_from_the_runs(whole, tmp_path):
     again = fedsim.sweep(SMALL, grid=METHODS, seeds="0-2", out=copy, quiet=True, workers=1)
     assert {cell["state"] for cell in again.cells} == {"finished"}
     assert_same_runs(again.runs[:2], whole.runs[:2])
+
+
+def test_a_cell_that_fails_before_its_run_begins_leaves_its_traceback_and_can_run_again(tmp_path, monkeypatch, capsys):
+    """Its directory holds nothing but the traceback then, which must not keep the run from beginning."""
+    plan = plan_sweep(SMALL, grid=METHODS)
+    book = open_book(tmp_path / "out", plan)
+    book.begin(0)
+    book.end(Done(0, "ValueError: no", trace="Traceback: no"))
+    book.close()
+    trace = book.path / plan.cells[0].directory / "error.txt"
+    assert trace.read_text() == "Traceback: no"
+    assert fedsim.load_sweep(book.path) == []
+    again = fedsim.sweep(SMALL, grid=METHODS, out=book.path, rerun_failed=True, workers=1, quiet=True)
+    assert not again.failed, again.summary()
+    assert not trace.exists()
+
+
+def test_a_finished_cell_that_was_damaged_says_its_cure_and_one_that_is_gone_is_missing(whole, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    seeds = f"0-{max(cell['seed'] for cell in read_book(copy)['cells'])}"
+    gone = fedsim.load_sweep(copy)[0].path
+    (gone / "rounds.parquet").write_bytes(b"PAR1")
+    assert main(["compare", str(copy)]) == 2
+    told = capsys.readouterr().err
+    assert "are damaged" in told
+    assert "delete the folder and run it again; for a sweep's cell the same sweep command runs it again" in told
+    shutil.rmtree(gone)  # the cure
+    left = [cell["directory"] for cell in read_book(copy)["cells"] if cell["directory"] != gone.name]
+    assert [run.path.name for run in fedsim.load_sweep(copy)] == left
+    assert main(["compare", str(copy)]) == 0
+    words = f"lacks 1 of {len(left) + 1} cells: method=fedspine, seed=0 (its directory is gone: '{gone}')"
+    assert words in " ".join(capsys.readouterr().out.split())
+    again = fedsim.sweep(SMALL, grid=METHODS, seeds=seeds, out=copy, quiet=True, workers=1)
+    assert_same_runs(again.runs, fedsim.load_sweep(whole.path))
+
+
+def test_a_sweep_of_which_no_cell_ever_began_gives_way_to_another(tmp_path):
+    out = tmp_path / "out"
+    open_book(out, plan_sweep(SMALL, grid=METHODS)).close()
+    other = plan_sweep(SMALL, grid={"method": ["hetlora"]})
+    open_book(out, other).close()
+    assert [cell["method"] for cell in read_book(out)["cells"]] == ["hetlora"]
+    (out / other.cells[0].directory).mkdir()  # now one has begun
+    with pytest.raises(RunError, match="holds another sweep: 1 of its 1 cells"):
+        open_book(out, plan_sweep(SMALL, grid=METHODS))
 
 
 def test_a_full_disk_under_the_book_does_not_stop_the_cells(tmp_path, monkeypatch, capsys):
