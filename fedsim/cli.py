@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.action(arguments) or 0)
     except FedsimError as error:
-        print(f"fedsim: error: {error}", file=sys.stderr)
+        print(f"fedsim: error: {error}{_cure(arguments, str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fedsim: interrupted; an unfinished run goes on with --resume", file=sys.stderr)
@@ -37,6 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, say) has gone; there is nobody left to tell.
         sys.stderr.close()
         return 0
+
+
+_OWN = re.compile(r"(?<!--baseline: )unknown (method|control\.policy) '|prune\.criterion: unknown value '")
+_NO_DATA = re.compile(r"(data\.(?:test_)?path) '[^']*': no such file")
+
+
+def _cure(arguments: argparse.Namespace, error: str) -> str:
+    """What a refusal's sentence ends with where an argument of this command mends it; empty elsewhere."""
+    if getattr(arguments, "imports", None) == [] and _OWN.search(error):
+        return "; one of your own needs --import FILE.py"
+    lost = _NO_DATA.search(error)
+    given = [*getattr(arguments, "overrides", ()), *getattr(arguments, "grid", ())]
+    if lost and not any(word.startswith(f"{lost[1]}=") for word in given):
+        return "; give data.path=... and data.test_path=... here, or mend the configuration"
+    return ""
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="repeat the run over N draws of the device profiles from their error bands, in DIR/draw-000 and so on",
     )
+    _add_import(run)
     run.add_argument("--quiet", action="store_true", help="no progress")
     run.set_defaults(action=_run)
 
@@ -103,14 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument("--tiny", action="store_true", help="the small scale of tiny.yaml beside CONFIG")
     sweep.add_argument("--rerun-failed", action="store_true", help="run cells again that failed before")
-    sweep.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE.py",
-        help="a Python file (or module) that registers methods, policies or criteria of your own",
-    )
+    _add_import(sweep)
     sweep.add_argument("--quiet", action="store_true", help="no table and no progress")
     sweep.set_defaults(action=_sweep)
 
@@ -124,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--round", metavar="N", type=int, help="round of the timeline (default: the middle one)")
     compare.add_argument("--json", action="store_true", help="machine-readable output")
+    _add_import(compare)
     compare.set_defaults(action=_compare)
 
     report = commands.add_parser(
@@ -138,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
     report.add_argument("--baseline", metavar="METHOD", help=BASELINE_HELP)
     report.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=WHERE_HELP)
+    _add_import(report)
     report.set_defaults(action=_report)
 
     surrogate = commands.add_parser(
@@ -148,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     surrogate.add_argument("run", metavar="RUN", type=Path, help="run directory, finished, with client_rounds")
     surrogate.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSON file to write")
+    _add_import(surrogate)
     surrogate.set_defaults(action=_fit_surrogate)
 
     export = commands.add_parser(
@@ -170,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--merge", action="store_true", help="add the LoRA to the weights (default: in DIR/adapter)")
     export.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
+    _add_import(export)
     export.set_defaults(action=_export)
 
     bench = commands.add_parser(
@@ -218,6 +232,25 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file (or module) that registers methods, policies or criteria of your own",
+    )
+
+
+def _import_own(arguments: argparse.Namespace) -> None:
+    """Import what ``--import`` names; a sweep does so itself, as its cells' processes must too."""
+    if arguments.imports:
+        from fedsim.sweeps.host import import_user_modules
+
+        import_user_modules(arguments.imports)
+
+
 def _version() -> str:
     from importlib import metadata
 
@@ -235,9 +268,11 @@ def _run(arguments: argparse.Namespace) -> None:
     draws = arguments.profile_error
     if draws is not None and draws < 1:
         raise ConfigError(f"--profile-error: value {draws} is not allowed (at least 1)")
-    print("fedsim: reading the configuration", file=sys.stderr, flush=True)
+    if not arguments.quiet:
+        print("fedsim: reading the configuration", file=sys.stderr, flush=True)
     from fedsim.experiment.run import default_directory, run
 
+    _import_own(arguments)
     out = arguments.out or default_directory(arguments.config, overrides)
     options: dict[str, Any] = {"resume": arguments.resume, "force": arguments.force, "quiet": arguments.quiet}
     if draws is None:
@@ -281,14 +316,18 @@ def _compare(arguments: argparse.Namespace) -> None:
     from fedsim.experiment.results import find_runs
     from fedsim.sweeps.notes import sweep_notes
 
+    _import_own(arguments)
     runs = choose_runs(find_runs(arguments.directories), arguments.where)
     comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))
-    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
+    paths = []
     if arguments.out is not None:
         from fedsim.plots import write_figures
 
+        # Before the table: what is refused here (a round that is not there) is then all that is said.
         paths = write_figures(runs, arguments.out, arguments.round)
         paths += _write_speedups(comparison, arguments.out)
+    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
+    if paths:
         print(f"{len(paths)} files written to {arguments.out}", file=sys.stderr)
 
 
@@ -316,6 +355,7 @@ def _write_speedups(comparison: Comparison, out: Path) -> list[Path]:
 def _report(arguments: argparse.Namespace) -> None:
     from fedsim.report.page import write_report
 
+    _import_own(arguments)
     path = write_report(
         arguments.directories, arguments.out, arguments.target_accuracy, arguments.baseline, arguments.where
     )
@@ -325,16 +365,19 @@ def _report(arguments: argparse.Namespace) -> None:
 def _fit_surrogate(arguments: argparse.Namespace) -> None:
     from fedsim.experiment.fit_surrogate import fit_surrogate, fit_text
 
+    _import_own(arguments)
     print(fit_text(fit_surrogate(arguments.run, arguments.out)))
     print(f"written to {arguments.out}; use it with train.engine=surrogate train.surrogate={arguments.out}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    print("fedsim: loading torch and the model", file=sys.stderr, flush=True)
-    from fedsim.experiment.export import export_run
+    from fedsim.experiment.export import check_export, export_run
 
+    _import_own(arguments)
+    run, _ = check_export(arguments.run, arguments.out, arguments.device, arguments.consensus, arguments.format)
+    print("fedsim: loading torch and the model", file=sys.stderr, flush=True)
     result = export_run(
-        arguments.run,
+        run,
         arguments.out,
         device=arguments.device,
         consensus=arguments.consensus,

@@ -90,12 +90,8 @@ def export_run(
             run's, or a folder that cannot be written.
         ModelError: the base model is no longer at hand.
     """
-    run = run if isinstance(run, Run) else load(run)
+    run, config = check_export(run, out, device, consensus, format)
     out = Path(out)
-    _check_asked(device, consensus, format)
-    _check_run(run, device)
-    _check_out(out)
-    config = build_config(run.config)
     state = _last_state(run)
 
     from fedsim.learn.adapter import folded  # heavy: only what gets so far pays for it
@@ -158,6 +154,17 @@ def export_run(
         adapter_bytes=adapter_file.stat().st_size if adapter_file.exists() else 0,
         notes=notes,
     )
+
+
+def check_export(
+    run: str | Path | Run, out: str | Path, device: int | None, consensus: bool, format: str
+) -> tuple[Run, Config]:
+    """The run and its configuration, after raising what `export_run` would of them, before anything heavy loads."""
+    run = run if isinstance(run, Run) else load(run)
+    _check_asked(device, consensus, format)
+    _check_run(run, device)
+    _check_out(Path(out))
+    return run, build_config(run.config)
 
 
 def _check_asked(device: int | None, consensus: bool, format: str) -> None:
