@@ -47,12 +47,13 @@ def kept_structures(run: Run, state: State) -> pd.DataFrame:
     bits = np.unpackbits(state["learner.structure_bits"], axis=1)
     if bits.shape[1] < width or bits.shape[1] >= width + 8:
         return empty  # another model stands under that name by now
-    clients = int((run.manifest.get("fleet") or {}).get("clients", 0)) or int(state["learner.structure_clients"].max())
+    known = state["learner.structure_clients"]
+    # No client is known where every update was lost: all keep everything.
+    clients = max(int((run.manifest.get("fleet") or {}).get("clients", 0)), int(known.max(initial=-1)) + 1)
     heads = np.full((clients, shape.layers), shape.head_groups)
     channels = np.full((clients, shape.layers), shape.ffn)
-    known = state["learner.structure_clients"]
-    heads[known] = bits[:, :heads_total].reshape(len(known), shape.layers, -1).sum(axis=2)
-    channels[known] = bits[:, heads_total:width].reshape(len(known), shape.layers, -1).sum(axis=2)
+    heads[known] = bits[:, :heads_total].reshape(len(known), shape.layers, shape.head_groups).sum(axis=2)
+    channels[known] = bits[:, heads_total:width].reshape(len(known), shape.layers, shape.ffn).sum(axis=2)
     client, layer = np.indices((clients, shape.layers))
     return pd.DataFrame(
         {

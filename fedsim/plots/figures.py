@@ -17,6 +17,7 @@ from fedsim.plots.style import (
     COLOURS,
     PHASE_COLOURS,
     WIDTH_IN,
+    Looks,
     Sink,
     canvas,
     caption,
@@ -37,7 +38,9 @@ PANELS = 4
 """Most methods side by side in one row of panels."""
 
 
-def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = None) -> list[Path]:
+def write_figures(
+    runs: Sequence[Run], out: Path, round_for_gantt: int | None = None, order: Sequence[str] = ()
+) -> list[Path]:
     """Draw every figure that the runs have records for, each as PNG and PDF with its numbers as CSV.
 
     ``accuracy_over_time`` (not for timing-only runs; beside it, for language models, ``perplexity_over_time``),
@@ -49,6 +52,7 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
         runs: runs that belong together; unfinished ones are left out.
         out: folder, made if needed.
         round_for_gantt: round of the timeline; None takes the middle one of the shortest run.
+        order: labels of the rows (those of `compare`), as they shall follow each other; others come after them.
     Returns:
         The files written.
     Raises:
@@ -57,7 +61,9 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
     """
     done, _ = finished_only(runs)
     check_together(done)
-    groups, _ = group_runs(done)
+    place = {label: index for index, label in enumerate(order)}
+    groups = sorted(group_runs(done)[0], key=lambda group: place.get(group.label, len(place)))
+    looks = styles([group.label for group in groups])
     text = clock_text(done)
     mark = mark_of(done)
     detailed = frames.with_client_rounds(groups)
@@ -71,12 +77,12 @@ def write_figures(runs: Sequence[Run], out: Path, round_for_gantt: int | None = 
         written.extend(save(figure, frame, out, name, mark))
 
     if frames.has_accuracy(done):
-        draw_accuracy(groups, text, mark, sink)
+        draw_accuracy(groups, text, mark, sink, looks)
         if all(run.is_language_model for run in done):
-            draw_perplexity(groups, text, mark, sink)
+            draw_perplexity(groups, text, mark, sink, looks)
     if timeline is not None:
         classes = frames.class_order(frames.first_client_rounds(detailed))
-        draw_idle(detailed, classes, text, mark, sink)
+        draw_idle(detailed, classes, text, mark, sink, looks)
         draw_choices(detailed, classes, text, mark, sink)
         draw_timeline(timeline, text, mark, sink)
     return written
@@ -87,28 +93,30 @@ def mark_of(runs: Sequence[Run]) -> str | None:
     return SURROGATE if any(run.is_surrogate for run in runs) else None
 
 
-def draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, sink: Sink) -> None:
-    """Accuracy against simulated time, one colour per method."""
+def draw_accuracy(groups: Sequence[Group], text: str, mark: str | None, sink: Sink, looks: Looks | None = None) -> None:
+    """Accuracy against simulated time, one look per row: that of `looks`, where other figures share it."""
     label = "test accuracy (panel mean)" if mark is None else "fitted accuracy (not measured)"
-    _draw_over_time(groups, frames.accuracy_over_time(groups), ("accuracy", label), (text, mark), sink)
+    _draw_over_time(groups, frames.accuracy_over_time(groups), ("accuracy", label), (text, mark, looks), sink)
 
 
-def draw_perplexity(groups: Sequence[Group], text: str, mark: str | None, sink: Sink) -> None:
-    """Perplexity against simulated time, one colour per method, for runs of language models."""
+def draw_perplexity(
+    groups: Sequence[Group], text: str, mark: str | None, sink: Sink, looks: Looks | None = None
+) -> None:
+    """Perplexity against simulated time, one look per row, for runs of language models."""
     label = "test perplexity of responses" if mark is None else "fitted perplexity (not measured)"
-    _draw_over_time(groups, frames.perplexity_over_time(groups), ("perplexity", label), (text, mark), sink)
+    _draw_over_time(groups, frames.perplexity_over_time(groups), ("perplexity", label), (text, mark, looks), sink)
 
 
 def _draw_over_time(
     groups: Sequence[Group],
     frame: pd.DataFrame,
     quantity: tuple[str, str],
-    notes: tuple[str, str | None],
+    notes: tuple[str, str | None, Looks | None],
     sink: Sink,
 ) -> None:
-    """One column of `frame` (its name and the axis's label) against ``end_s``; `notes` are the caption and the mark."""
-    (name, label), (text, mark) = quantity, notes
-    looks = styles([group.label for group in groups])
+    """One column of `frame` (its name and the axis's label) against ``end_s``; `notes` are caption, mark and looks."""
+    (name, label), (text, mark, looks) = quantity, notes
+    looks = looks or styles([group.label for group in groups])
     with canvas(WIDTH_IN, 4.2 + _legend_in(groups)) as figure:
         axes = figure.add_subplot()
         several = False
@@ -118,9 +126,9 @@ def _draw_over_time(
             if len(repeats) > 1:
                 several = True
                 for _, one in repeats:
-                    axes.plot(one["end_s"], one[name], color=look["color"], linewidth=0.7, alpha=0.4)
+                    axes.plot(one["end_s"], one[name], color=look.colour, linewidth=0.7, alpha=0.4)
             mean = own.groupby("round")[["end_s", name]].mean()
-            axes.plot(mean["end_s"], mean[name], label=wrapped(group.label), markersize=4, **look)
+            axes.plot(mean["end_s"], mean[name], label=wrapped(group.label), markersize=4, **look.line)
         axes.set_xlabel("simulated time (s)")
         axes.set_ylabel(label)
         axes.set_xlim(left=0)
@@ -129,10 +137,17 @@ def _draw_over_time(
         sink(figure, frame, f"{name}_over_time", mark)
 
 
-def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:
+def draw_idle(
+    groups: Sequence[Group],
+    classes: Sequence[str],
+    text: str,
+    mark: str | None,
+    sink: Sink,
+    looks: Looks | None = None,
+) -> None:
     """Idle share by device class and method."""
     frame = frames.idle_by_class(groups)
-    looks = styles([group.label for group in groups])
+    looks = looks or styles([group.label for group in groups])
     with canvas(WIDTH_IN, 3.8 + _legend_in(groups)) as figure:
         axes = figure.add_subplot()
         width = 0.8 / len(groups)
@@ -141,14 +156,15 @@ def draw_idle(groups: Sequence[Group], classes: Sequence[str], text: str, mark: 
             own = frame[frame["method"] == group.label].groupby("device")["idle_fraction"]
             mean, low, high = (values.reindex(classes).to_numpy() for values in (own.mean(), own.min(), own.max()))
             at = np.arange(len(classes)) + (index - (len(groups) - 1) / 2) * width
-            axes.bar(at, mean, width * 0.92, label=wrapped(group.label), color=looks[group.label]["color"])
+            axes.bar(at, mean, width * 0.92, label=wrapped(group.label), **looks[group.label].bar)
             if len(group.runs) > 1:
                 several = True
                 bounds = np.vstack([mean - low, high - mean])
                 axes.errorbar(at, mean, yerr=bounds, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=2)
             for x, value in zip(at, mean, strict=True):
                 if len(groups) * len(classes) <= 16 and not np.isnan(value):
-                    axes.annotate(f"{value:.0%}", (x, 0), (0, 2), textcoords="offset points", ha="center", **_ON_BAR)
+                    own_look = {**_ON_BAR, "bbox": {"facecolor": looks[group.label].colour, "lw": 0.0, "pad": 0.6}}
+                    axes.annotate(f"{value:.0%}", (x, 0), (0, 2), textcoords="offset points", ha="center", **own_look)
         axes.set_xticks(range(len(classes)), classes)
         axes.grid(axis="x", visible=False)
         axes.set_ylim(bottom=0)
@@ -201,13 +217,11 @@ def draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, mar
         sink(figure, frame, "choices_by_class", mark)
 
 
-def _draw_choice(
-    axes: Any, frame: pd.DataFrame, name: str, classes: Sequence[str], looks: dict[str, dict[str, Any]]
-) -> None:
+def _draw_choice(axes: Any, frame: pd.DataFrame, name: str, classes: Sequence[str], looks: Looks) -> None:
     for device in classes:
         own, look = frame[frame["device"] == device], looks[device]
-        axes.fill_between(own["round"], own[f"{name}_p10"], own[f"{name}_p90"], color=look["color"], alpha=0.15, lw=0)
-        axes.plot(own["round"], own[f"{name}_mean"], label=device, color=look["color"], linestyle=look["linestyle"])
+        axes.fill_between(own["round"], own[f"{name}_p10"], own[f"{name}_p90"], color=look.colour, alpha=0.15, lw=0)
+        axes.plot(own["round"], own[f"{name}_mean"], label=device, **look.stroke)
 
 
 def _rank_axis(axes: Any, frame: pd.DataFrame) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,15 @@ import pandas as pd
 
 from fedsim.errors import RunError
 from fedsim.experiment.belonging import Group, check_together, clock_text, group_runs
-from fedsim.experiment.regret import Regret, regret
+from fedsim.experiment.regret import COLD_PARTICIPATIONS, Regret, regret
 from fedsim.experiment.results import Run
 from fedsim.experiment.rundir import writing
 from fedsim.plots import frames
+from fedsim.plots.choice import policy_of
 from fedsim.plots.figures import PANELS, SURROGATE
 from fedsim.plots.style import (
     WIDTH_IN,
+    Looks,
     Sink,
     canvas,
     caption,
@@ -34,6 +36,11 @@ from fedsim.plots.style import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LEARN_NOTHING = frozenset({"oracle", "random", "rank_growth", "static_rank", "uniform"})
+"""Policies to which no device is ever new: what they choose does not hang on times or rewards measured before.
+
+``rank_growth`` follows how much each device's components matter, round by round; it has no arms to explore.
+"""
 _SHORT = 26
 """Longest name, in characters, that fits a panel's title."""
 _ARM_COLUMNS = [
@@ -88,7 +95,7 @@ def write_regret_figures(runs: Sequence[Run], out: Path) -> list[Path]:
     return written
 
 
-def summary(groups: Sequence[Group], known: dict[Path, Regret]) -> pd.DataFrame:
+def summary(groups: Sequence[Group], known: Mapping[Path, Regret]) -> pd.DataFrame:
     """A row per run that `known` holds: ``method seed profile_draw`` and its regret in simulated seconds.
 
     ``warmup_s``, ``cold_start_s`` and ``settled_s`` (the rounds before, in and after the cold start) add up to
@@ -137,9 +144,16 @@ def _named_shortly(groups: Sequence[Group]) -> list[Group]:
 
 
 def draw_cumulative_regret(
-    groups: Sequence[Group], known: dict[Path, Regret], text: str, mark: str | None, sink: Sink
+    groups: Sequence[Group],
+    known: Mapping[Path, Regret],
+    text: str,
+    mark: str | None,
+    sink: Sink,
+    looks: Looks | None = None,
 ) -> None:
     """Seconds lost against the oracle, added up over rounds; runs that `known` does not hold are left out.
+
+    The cold start is marked of controllers that learn: to others no device is new.
 
     Args:
         known: regret of at least one run, by the run's path.
@@ -155,21 +169,25 @@ def draw_cumulative_regret(
             )
     frame = pd.concat(tables, ignore_index=True)
     groups = [group for group in groups if group.label in set(frame["method"])]
-    looks = styles([group.label for group in groups])
-    names = [wrapped(group.label) for group in groups] + [_COLD]
+    looks = looks or styles([group.label for group in groups])
+    learn = {group.label for group in groups if policy_of(group) not in LEARN_NOTHING}
+    names = [wrapped(group.label) for group in groups] + [_COLD] * bool(learn)
     columns = columns_that_fit(names, WIDTH_IN)
     with canvas(WIDTH_IN, 4.2 + legend_in(names, columns)) as figure:
         axes = figure.add_subplot()
-        for group in groups:
+        for place, group in enumerate(groups):
             own, look = frame[frame["method"] == group.label], looks[group.label]
-            line = {"color": look["color"], "linestyle": look["linestyle"]}
             repeats = own.groupby(["seed", "profile_draw"])
             if len(repeats) > 1:
                 for _, one in repeats:
-                    axes.plot(one["round"], one["cumulative_regret_s"], color=look["color"], linewidth=0.7, alpha=0.4)
+                    axes.plot(one["round"], one["cumulative_regret_s"], color=look.colour, linewidth=0.7, alpha=0.4)
             mean = own.groupby("round")["cumulative_regret_s"].mean()
-            axes.plot(mean.index, mean, label=wrapped(group.label), **line)
-            _draw_cold_start(axes, mean, next(known[run.path] for run in group.runs.values() if run.path in known))
+            # A few markers, each line's at rounds of its own, tell apart what colour and dashes do not.
+            every = max(1, len(mean) // _MARKS)
+            marks: dict[str, Any] = {"markevery": (place * every // len(groups), every)}
+            axes.plot(mean.index, mean, label=wrapped(group.label), markersize=4, **look.line, **marks)
+            if group.label in learn:
+                _draw_cold_start(axes, mean, next(known[run.path] for run in group.runs.values() if run.path in known))
         axes.set_xlabel("round")
         axes.set_ylabel("simulated seconds lost against the oracle")
         axes.set_xlim(0, max(1, frame["round"].max()))
@@ -180,13 +198,18 @@ def draw_cumulative_regret(
         axes.legend(named.values(), named, ncols=columns, loc="lower center", bbox_to_anchor=(0.5, 1.0))
         caption(
             figure,
-            "Expected times, jitter left out; the oracle at each run's own mean ratio. Broad and pale: the cold start, "
-            f"in which devices are new to the controller. {_seeds_text(frame)}{text}",
+            "Expected times, jitter left out; the oracle at each run's own mean ratio. "
+            f"{COLD_TEXT if learn else ''}{_seeds_text(frame)}{text}",
         )
         sink(figure, frame, "cumulative_regret", mark)
 
 
 _COLD = "cold start"
+_MARKS = 6
+COLD_TEXT = (
+    "Broad and pale: the cold start of controllers that learn, from the first round that may prune until each device "
+    f"has taken part {COLD_PARTICIPATIONS} times on average. "
+)
 
 
 def _draw_cold_start(axes: Any, mean: pd.Series, own: Regret) -> None:

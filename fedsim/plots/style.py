@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,8 @@ from fedsim.experiment.rundir import atomic_write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette (2008), without its yellow, which is too light for lines; then three that differ in lightness.
+# Okabe and Ito's palette (2008), without its yellow, which is too light for lines; then five chosen so that any two of
+# the twelve stay apart, also as protanopes, deuteranopes and tritanopes see them.
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -26,12 +28,16 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
     "#000000",
-    "#8C8C8C",
-    "#7B4B94",
-    "#6B4F1D",
+    "#999933",
+    "#8B0000",
+    "#4B0082",
+    "#C51B7D",
+    "#7A5230",
 )
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 1)))
+# Few bars stay plain; from the seventh on the colours alone are not asked to tell them apart.
+HATCHES = ("",) * 6 + ("////", "....", "\\\\\\\\", "xxxx", "----", "||||")
 PHASE_COLOURS = {
     "wait": "#BBBBBB",
     "download": "#56B4E9",
@@ -39,6 +45,35 @@ PHASE_COLOURS = {
     "upload": "#E69F00",
     "idle": "#E6D3CE",
 }
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one row (a method and its configuration) is drawn."""
+
+    colour: str
+    marker: str
+    dashes: Any
+    hatch: str
+
+    @property
+    def stroke(self) -> dict[str, Any]:
+        """Of a line without markers."""
+        return {"color": self.colour, "linestyle": self.dashes}
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Of a line with a marker at each point."""
+        return {**self.stroke, "marker": self.marker}
+
+    @property
+    def bar(self) -> dict[str, Any]:
+        """Of a filled bar."""
+        return {"facecolor": self.colour, "hatch": self.hatch, "edgecolor": "white", "linewidth": 0.0}
+
+
+Looks = Mapping[str, Look]
+"""Looks by row: made once, so that a row looks the same in every figure, whatever else that figure draws."""
 
 Sink = Callable[["Figure", pd.DataFrame, str, str | None], None]
 """Takes a drawn figure, its numbers, its name, and the mark of what is not measured."""
@@ -193,13 +228,15 @@ def whole_numbers(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and dashes by name: beyond seven names a colour returns with other dashes."""
-    return {
-        name: {
-            "color": COLOURS[index % len(COLOURS)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": DASHES[(index + index // len(COLOURS)) % len(DASHES)],
-        }
-        for index, name in enumerate(names)
-    }
+def styles(names: Sequence[str]) -> dict[str, Look]:
+    """Looks by name. Twelve differ in colour, marker and hatch; then a colour returns with other dashes and marker."""
+    looks = {}
+    for index, name in enumerate(dict.fromkeys(names)):
+        again = index // len(COLOURS)
+        looks[name] = Look(
+            COLOURS[index % len(COLOURS)],
+            MARKERS[(index + again) % len(MARKERS)],
+            DASHES[(index + again) % len(DASHES)],
+            HATCHES[(index + again) % len(HATCHES)],
+        )
+    return looks

@@ -11,15 +11,19 @@ import pandas as pd
 
 from fedsim.experiment.comparison import scale
 from fedsim.experiment.critical import CAUSES
-from fedsim.plots.style import COLOURS, WIDTH_IN, Sink, canvas, caption, columns_that_fit, legend_in, styles, wrapped
+from fedsim.plots.style import WIDTH_IN, Looks, Sink, canvas, caption, columns_that_fit, legend_in, styles, wrapped
 
 _HATCHES = {"compute": "", "link": "////", "wait": "...."}
 _BAR_IN = 0.34
 _GREY = "#555555"
+# Of no row: these bars stand beside their names, and must not read as another figure's colours.
+_BAR, _BASE_BAR = "#8FA3B8", "#5A6470"
 
 
 def draw_speedups(frame: pd.DataFrame, of: str, baseline: str, text: str, mark: str | None, sink: Sink) -> None:
     """A bar per method (rows of `summary_frames.speedups`); whiskers are 95% intervals, where there are any.
+
+    The numbers stand in a column beside the axes: at a bar's or whisker's end they would read as its position.
 
     Args:
         of: what is faster, such as "time to accuracy 0.9".
@@ -29,29 +33,30 @@ def draw_speedups(frame: pd.DataFrame, of: str, baseline: str, text: str, mark: 
         top = np.nanmax([1.0, *frame["speedup"], *frame["speedup_high"]])
         for place, (_, row) in enumerate(frame.iterrows()):
             value = row["speedup"]
-            if np.isnan(value):
-                reason = "not reached" if row["reached"] == 0 and row["runs"] else "no pair"
-                axes.annotate(reason, (0, place), (4, 0), textcoords="offset points", va="center", color=_GREY)
-                continue
-            axes.barh(place, value, height=0.62, color=_GREY if row["is_baseline"] else COLOURS[0])
-            end, label = value, f"{value:.2f}x"
-            if not np.isnan(row["speedup_low"]) and not row["is_baseline"]:
-                span = [[value - row["speedup_low"]], [row["speedup_high"] - value]]
-                axes.errorbar(value, place, xerr=span, fmt="none", ecolor="#222222", elinewidth=1.0, capsize=3)
-                end = row["speedup_high"]
-            elif not row["is_baseline"]:
-                label += ", no interval"
-            look: dict[str, Any] = {
-                "fontsize": 8,
-                "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-            }
-            axes.annotate(label, (end, place), (5, 0), textcoords="offset points", va="center", **look)
+            if not np.isnan(value):
+                axes.barh(place, value, height=0.62, color=_BASE_BAR if row["is_baseline"] else _BAR)
+                if not np.isnan(row["speedup_low"]) and not row["is_baseline"]:
+                    span = [[value - row["speedup_low"]], [row["speedup_high"] - value]]
+                    axes.errorbar(value, place, xerr=span, fmt="none", ecolor="#222222", elinewidth=1.0, capsize=3)
+            at: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+            axes.annotate(_speedup_said(row), (1.0, place), (6, 0), va="center", fontsize=8, **at)
         axes.axvline(1.0, color=_GREY, linewidth=0.8, linestyle="--")
         _rows_named(axes, frame["method"])
-        axes.set_xlim(0, top * 1.25)
+        axes.set_xlim(0, top * 1.05)
         axes.set_xlabel(textwrap.fill(f"speedup over {baseline}: {of}", 55))
         caption(figure, "Paired by seed, geometric mean; whiskers: 95% bootstrap interval over seeds. " + text)
         sink(figure, frame, "speedup", mark)
+
+
+def _speedup_said(row: Any) -> str:
+    """The number of a row, its interval, or why there is none."""
+    if np.isnan(row["speedup"]):
+        return "not reached" if row["reached"] == 0 and row["runs"] else "no pair"
+    if row["is_baseline"]:
+        return f"{row['speedup']:.2f}x, baseline"
+    if np.isnan(row["speedup_low"]):
+        return f"{row['speedup']:.2f}x, no interval"
+    return f"{row['speedup']:.2f}x [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]"
 
 
 def draw_critical(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:
@@ -69,10 +74,14 @@ def draw_critical(frame: pd.DataFrame, classes: Sequence[str], text: str, mark: 
                 for cause in CAUSES:
                     width = float(shares.get((method, device, cause), 0.0))
                     if width > 0:
-                        look = {"color": looks[device]["color"], "hatch": _HATCHES[cause], "edgecolor": "white"}
+                        look: dict[str, Any] = {
+                            "color": looks[device].colour,
+                            "hatch": _HATCHES[cause],
+                            "edgecolor": "white",
+                        }
                         axes.barh(place, width, left=left, height=0.66, linewidth=0.0, **look)
                         left += width
-        handles: list[Any] = [Patch(facecolor=looks[device]["color"], label=device) for device in classes]
+        handles: list[Any] = [Patch(facecolor=looks[device].colour, label=device) for device in classes]
         present = [cause for cause in CAUSES if cause in set(frame["cause"])]
         handles += [
             Patch(facecolor="#999999", hatch=_HATCHES[cause], edgecolor="white", label=cause) for cause in present
@@ -101,14 +110,14 @@ def draw_resources(frame: pd.DataFrame, classes: Sequence[str], text: str, mark:
             left = np.zeros(len(methods))
             for name in names:
                 width = totals[name].fillna(0.0).to_numpy() / factor
-                axes.barh(range(len(methods)), width, left=left, height=0.66, color=looks[name]["color"])
+                axes.barh(range(len(methods)), width, left=left, height=0.66, color=looks[name].colour)
                 left += width
             axes.set_xlabel(f"{'traffic, both ways' if unit == 'B' else 'energy'} ({prefix})")
         prefix, factor = scale(float(own["peak_memory_bytes"].max()), "B")
         for name in names:
             mine = own[own["device"] == name]
             places = [methods.index(method) for method in mine["method"]]
-            look = {"color": looks[name]["color"], "marker": looks[name]["marker"], "linestyle": "none"}
+            look = {**looks[name].line, "linestyle": "none"}
             right.plot(mine["peak_memory_bytes"] / factor, places, label=name, **look)
         right.set_xlabel(f"highest memory use ({prefix})")
         largest = float(own["peak_memory_bytes"].max())
@@ -120,10 +129,10 @@ def draw_resources(frame: pd.DataFrame, classes: Sequence[str], text: str, mark:
         sink(figure, frame, "resources", mark)
 
 
-def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink) -> None:
+def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink, looks: Looks | None = None) -> None:
     """Kept share of heads and channels by layer (rows of `summary_frames.structures`); bands: all clients."""
     methods = list(dict.fromkeys(frame["method"]))
-    looks = styles(methods)
+    looks = looks or styles(methods)
     layers = int(frame["layer"].max()) + 1
     labels = [wrapped(method) for method in methods]
     columns = columns_that_fit(labels, WIDTH_IN)
@@ -140,8 +149,8 @@ def draw_structures(frame: pd.DataFrame, text: str, mark: str | None, sink: Sink
                     at,
                     mean,
                     yerr=np.vstack([mean - low, high - mean]),
-                    fmt=look["marker"],
-                    color=look["color"],
+                    fmt=look.marker,
+                    color=look.colour,
                     markersize=4,
                     elinewidth=1.0,
                     capsize=2,

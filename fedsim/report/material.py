@@ -10,7 +10,9 @@ from fedsim.experiment.compare import Comparison
 from fedsim.experiment.results import Run
 from fedsim.experiment.structures import final_state
 from fedsim.plots import frames
+from fedsim.plots.choice import shown_first
 from fedsim.plots.figures import mark_of
+from fedsim.plots.style import Look, styles
 from fedsim.specs import State
 
 
@@ -22,6 +24,7 @@ class Material:
         groups: runs of one method and configuration each, in the comparison's order.
         detailed: those of them that recorded their clients.
         classes: device classes, slowest first; empty where no run recorded its clients.
+        looks: how each row is drawn, by label, the same in all figures; those drawn differ in colour.
         states: the last checkpoint of each group's first run, by label.
         mark: watermark of the figures; None for measured numbers.
     """
@@ -30,6 +33,7 @@ class Material:
     groups: Sequence[Group]
     detailed: Sequence[Group]
     classes: Sequence[str]
+    looks: dict[str, Look]
     states: dict[str, State]
     mark: str | None
 
@@ -37,6 +41,17 @@ class Material:
     def runs(self) -> list[Run]:
         """All finished runs, method by method."""
         return [run for group in self.groups for run in group.runs.values()]
+
+    @property
+    def drawn(self) -> list[Group]:
+        """Those of `groups` that figures show: all, or as many as can be told apart, the baseline among them."""
+        return shown_first(self.groups, self.comparison.baseline)
+
+    def drawn_of(self, groups: Sequence[Group]) -> list[Group]:
+        """Those of some groups that figures show: the same rows in every figure, and others where these have none."""
+        labels = {group.label for group in self.drawn}
+        both = [group for group in groups if group.label in labels]
+        return both or shown_first(groups, self.comparison.baseline)
 
 
 def gather(runs: Sequence[Run], comparison: Comparison) -> Material:
@@ -51,7 +66,9 @@ def gather(runs: Sequence[Run], comparison: Comparison) -> Material:
     ]
     classes = frames.class_order(frames.first_client_rounds(detailed)) if detailed else []
     states = {group.label: final_state(first_run(group)) for group in groups}
-    return Material(comparison, groups, detailed, classes, states, mark_of(done))
+    first = [group.label for group in shown_first(groups, comparison.baseline)]
+    looks = styles([*first, *(group.label for group in groups)])
+    return Material(comparison, groups, detailed, classes, looks, states, mark_of(done))
 
 
 def first_run(group: Group) -> Run:

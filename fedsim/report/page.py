@@ -10,9 +10,9 @@ from fedsim.experiment.choose import choose_runs
 from fedsim.experiment.compare import Comparison, compare
 from fedsim.experiment.results import Run, find_runs
 from fedsim.experiment.reward_terms import missing_losses
-from fedsim.experiment.rundir import atomic_write_text, writing
+from fedsim.experiment.rundir import MANIFEST, atomic_write_text, writing
 from fedsim.report import sections
-from fedsim.report.html import bullets, escaped, page, paragraph
+from fedsim.report.html import bullets, details, escaped, page, paragraph
 from fedsim.report.material import Material, gather
 from fedsim.sweeps.notes import sweep_notes
 
@@ -46,8 +46,9 @@ def write_report(
     if path.is_dir():
         raise RunError(f"--out: '{path}' is a folder; give the name of a file, such as {path / REPORT}")
     runs = choose_runs(find_runs(given), where)
-    title = ", ".join([_named(given), *where])
-    text = report_html(runs, title, target_accuracy, baseline, sweep_notes(given))
+    tops = _tops(given)
+    title = ", ".join([str(given[0]) if len(given) == 1 else _counted(runs, tops), *where])
+    text = report_html(runs, title, target_accuracy, baseline, sweep_notes(given), tops if len(tops) > 1 else ())
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)
@@ -60,9 +61,12 @@ def report_html(
     target_accuracy: float | None = None,
     baseline: str | None = None,
     notes: Sequence[str] = (),
+    folders: Sequence[Path] = (),
 ) -> str:
     """The page as text. Equal runs give equal pages: nothing in it depends on when or where it was made.
 
+    Args:
+        folders: where the runs lie, for the reader, where the title does not name it.
     Raises:
         RunError, ConfigError: as of `compare`.
     """
@@ -78,13 +82,28 @@ def report_html(
         sections.structure(material),
         sections.provenance(material),
     ]
-    return page(f"fedsim: {title}", _lead(comparison, material), [one for one in made if one is not None])
+    lead = _folders_text(folders) + _lead(comparison, material)
+    return page(f"fedsim: {title}", lead, [one for one in made if one is not None])
 
 
-def _named(folders: Sequence[Path]) -> str:
-    names = list(dict.fromkeys(map(str, folders)))
-    more = f" and {len(names) - _FOLDERS_NAMED} more" if len(names) > _FOLDERS_NAMED else ""
-    return ", ".join(names[:_FOLDERS_NAMED]) + more
+def _tops(given: Sequence[Path]) -> list[Path]:
+    """The folders that were given, and of each run that was given the folder that it lies in; each once."""
+    below = [path for path in given if not path.is_file()]  # "SWEEP/*" names a sweep's book, too
+    return list(dict.fromkeys(path.parent if (path / MANIFEST).is_file() else path for path in below))
+
+
+def _counted(runs: Sequence[Run], tops: Sequence[Path]) -> str:
+    """A title of one line, however many folders there are: their names follow below it."""
+    where = str(tops[0]) if len(tops) == 1 else f"{len(tops)} folders"
+    return f"{len(runs)} run{'' if len(runs) == 1 else 's'} in {where}"
+
+
+def _folders_text(folders: Sequence[Path]) -> str:
+    if not folders:
+        return ""
+    if len(folders) > _FOLDERS_NAMED:
+        return details(f"{len(folders)} folders", bullets(list(map(str, folders))))
+    return paragraph(f"Folders: {', '.join(map(str, folders))}", "note")
 
 
 def _lead(comparison: Comparison, material: Material) -> str:

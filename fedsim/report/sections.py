@@ -16,13 +16,13 @@ from fedsim.experiment.structures import kept_structures
 from fedsim.plots import figures, frames, summary_frames
 from fedsim.plots import regret as regret_plots
 from fedsim.plots import summary as summary_plots
+from fedsim.plots.choice import first_rule, left_out_text, policy_of
 from fedsim.report import tables
 from fedsim.report.drawings import Sketchbook
 from fedsim.report.html import Section, bullets, csv_link, details, paragraph, side_by_side
+from fedsim.report.losses import lost_box
 from fedsim.report.material import Material, first_run
 
-PANELS = 12
-"""Most methods drawn side by side, panel by panel; all are in the tables."""
 JUDGED_ROWS = 96_000
 """Client rounds whose regret is computed, all runs together: about 4 s. The first method is judged in any case."""
 TOP_CLIENTS = 5
@@ -59,32 +59,30 @@ def summary(material: Material) -> Section:
 
 
 def _summary_figures(material: Material) -> str:
-    comparison, shown = material.comparison, material.groups[:PANELS]
+    comparison, shown = material.comparison, material.drawn
+    text = _under(material, material.groups)
     accuracy = frames.has_accuracy(material.runs)
     perplexity = accuracy and all(run.is_language_model for run in material.runs)
     speedup = len(material.groups) > 1
     # Two of a kind stand side by side; a third, or one alone, fills the page.
     first, others = Sketchbook(wide=not accuracy or perplexity), Sketchbook(wide=not speedup and not perplexity)
     if speedup:
-        of = "total simulated time"
-        if comparison.target_accuracy is not None:
-            of = f"time to accuracy {comparison.target_accuracy:.4g}"
+        of = comparison.speedup_of_text() + (" (provisional)" if comparison.target_is_provisional else "")
         frame = summary_frames.speedups(comparison)
         summary_plots.draw_speedups(frame, of, comparison.baseline, comparison.clock, material.mark, first)
     if accuracy:
-        figures.draw_accuracy(shown, comparison.clock, material.mark, others)
+        figures.draw_accuracy(shown, text, material.mark, others, material.looks)
     if perplexity:
-        figures.draw_perplexity(shown, comparison.clock, material.mark, others)
+        figures.draw_perplexity(shown, text, material.mark, others, material.looks)
     learned = "Fitted by the surrogate, not measured" if material.mark else "Measured on the test set"
     one = first.html("speedup", "Speedup by method", "Ratio of simulated times.")
     two = others.html("accuracy_over_time", "Accuracy over simulated time", f"{learned}; times are simulated.")
     three = others.html("perplexity_over_time", "Perplexity over simulated time", f"{learned}; lower is better.")
-    made = one + side_by_side(two, three) if perplexity else side_by_side(one, two)
-    return made + (_cut_note(material.groups) if accuracy else "")
+    return one + side_by_side(two, three) if perplexity else side_by_side(one, two)
 
 
 def diagnosis(material: Material) -> Section:
-    """Failure signatures in every run, each with its evidence."""
+    """Updates that were lost, and failure signatures in every run, each with its evidence."""
     found: list[tuple[str, Finding]] = []
     not_judged: dict[tuple[str, str], list[str]] = {}
     judged = 0
@@ -98,10 +96,13 @@ def diagnosis(material: Material) -> Section:
             for signature, reason in verdict.not_judged.items():
                 not_judged.setdefault((signature, reason), []).append(name)
     body = paragraph(
-        f"Looked for in the records of every run: {', '.join(SIGNATURES.values())}. Thresholds are ours.", "note"
+        f"Looked for in the records of every run: lost updates, {', '.join(SIGNATURES.values())}. Thresholds are ours.",
+        "note",
     )
+    lost = lost_box(material.groups)
+    body += lost
     if not found and judged:
-        body += f'<p class="calm">Nothing found in {judged} judgements.</p>'
+        body += f'<p class="calm">Nothing {"else " if lost else ""}found in {judged} judgements.</p>'
     elif not found:
         body += paragraph("None of the runs holds records to judge by.")
     for name, finding in found:
@@ -119,11 +120,11 @@ def idle(material: Material) -> Section | None:
     """Idle share by device class, and which class and which clients made rounds slow."""
     if not material.detailed:
         return None
-    book, shown = Sketchbook(), material.detailed[:PANELS]
-    text, mark = material.comparison.clock, material.mark
-    figures.draw_idle(shown, material.classes, text, mark, book)
+    book, shown, mark = Sketchbook(), material.drawn_of(material.detailed), material.mark
+    figures.draw_idle(shown, material.classes, _under(material, material.detailed), mark, book, material.looks)
     paths = summary_frames.critical_paths(material.detailed)
-    summary_plots.draw_critical(summary_frames.critical_counts(paths), material.classes, text, mark, book)
+    counts = summary_frames.critical_counts(paths)
+    summary_plots.draw_critical(counts, material.classes, material.comparison.clock, mark, book)
     body = side_by_side(
         book.html(
             "idle_by_class", "Idle share by device class", "Simulated: the share of a round in which a class waits."
@@ -132,7 +133,7 @@ def idle(material: Material) -> Section | None:
             "critical_path", "Critical path", "Simulated: which class finished last in a round, and what held it up."
         ),
     )
-    body += _cut_note(material.detailed) + tables.critical_table(paths, TOP_CLIENTS)
+    body += tables.critical_table(paths, TOP_CLIENTS)
     return Section("idle", "Idle time and critical path", body)
 
 
@@ -140,14 +141,14 @@ def rounds(material: Material) -> Section | None:
     """Two rounds of each method, client by client."""
     if not material.detailed:
         return None
-    book, shown = Sketchbook(wide=True), material.detailed[:PANELS]
-    text, mark = material.comparison.clock, material.mark
+    book, shown = Sketchbook(wide=True), material.drawn_of(material.detailed)
+    text, mark = _under(material, material.detailed), material.mark
     typical, slowest = frames.typical_and_slowest(shown)
     figures.draw_timeline(frames.timeline_of(shown, typical), text, mark, book, "typical_round")
     figures.draw_timeline(frames.timeline_of(shown, slowest), text, mark, book, "slowest_round")
     body = book.html("typical_round", "A typical round", "Simulated: the round nearest the median duration of the run.")
     body += book.html("slowest_round", "The slowest round", "Simulated: the longest round of the run.")
-    return Section("rounds", "Rounds, client by client", body + _cut_note(material.detailed))
+    return Section("rounds", "Rounds, client by client", body)
 
 
 def policy(material: Material) -> Section | None:
@@ -155,10 +156,9 @@ def policy(material: Material) -> Section | None:
     if not material.detailed:
         return None
     book = Sketchbook(wide=True)
-    shown, text = material.detailed[:PANELS], material.comparison.clock
+    shown, text = material.drawn_of(material.detailed), _under(material, material.detailed)
     figures.draw_choices(shown, material.classes, text, material.mark, book)
     body = book.html("choices_by_class", "Arms over time by class", "Recorded: pruning ratio asked and LoRA rank.")
-    body += _cut_note(material.detailed)
     lacking = [(group.label, missing_losses(first_run(group))) for group in material.groups]
     lines = [f"{label}: {lacks}" for label, lacks in lacking if lacks is not None]
     if lines:
@@ -171,7 +171,7 @@ def policy(material: Material) -> Section | None:
 
 
 def _regret(material: Material) -> str:
-    controlled = [group for group in material.detailed if _policy(group) != "uniform"]
+    controlled = [group for group in material.detailed if policy_of(group) != "uniform"]
     if not controlled:
         return "<h3>Regret</h3>" + paragraph("No run has a controller that chooses arms.")
     judged, left_out = _judged(controlled)
@@ -180,7 +180,8 @@ def _regret(material: Material) -> str:
     if known:
         book = Sketchbook(wide=True)
         own = [group for group in controlled if any(run.path in known for run in group.runs.values())]
-        regret_plots.draw_cumulative_regret(own, known, material.comparison.clock, material.mark, book)
+        shown, text = material.drawn_of(own), _under(material, own)
+        regret_plots.draw_cumulative_regret(shown, known, text, material.mark, book, material.looks)
         said = "Reconstructed: the recorded arms, played again beside the oracle's."
         body += book.html("cumulative_regret", "Regret over rounds", said)
         frame = regret_plots.summary(own, known)
@@ -223,28 +224,30 @@ def _judged(groups: Sequence[Group]) -> tuple[list[tuple[str, Run]], list[str]]:
 def resources(material: Material) -> Section:
     """Traffic, energy and memory."""
     book = Sketchbook(wide=True)
-    frame = summary_frames.resources(material.groups[:PANELS])
-    summary_plots.draw_resources(frame, material.classes, material.comparison.clock, material.mark, book)
+    frame, text = summary_frames.resources(material.drawn), _under(material, material.groups)
+    summary_plots.draw_resources(frame, material.classes, text, material.mark, book)
     body = book.html("resources", "By method and device class", "Simulated or counted by the cost model.")
-    return Section("resources", "Traffic, energy and memory", body + _cut_note(material.groups))
+    return Section("resources", "Traffic, energy and memory", body)
 
 
 def structure(material: Material) -> Section | None:
     """What each layer keeps."""
     kept = {}
-    for group in material.groups[:PANELS]:
+    for group in material.groups:
         table = kept_structures(first_run(group), material.states[group.label])
         if len(table):
             kept[group.label] = table
     if not kept:
         return None
     book, frame = Sketchbook(wide=True), summary_frames.structures(kept)
-    summary_plots.draw_structures(frame, material.comparison.clock, material.mark, book)
+    known = [group for group in material.groups if group.label in kept]
+    shown = frame[frame["method"].isin([group.label for group in material.drawn_of(known)])]
+    summary_plots.draw_structures(shown, _under(material, known), material.mark, book, material.looks)
     body = book.html(
         "structure", "Kept heads and channels by layer", "Counted in the learner's model, after the final cut."
     )
     body += details("Numbers by layer", tables.structure_table(frame))
-    return Section("structure", "Pruned structure", body + _cut_note(material.groups))
+    return Section("structure", "Pruned structure", body)
 
 
 def provenance(material: Material) -> Section:
@@ -255,10 +258,6 @@ def provenance(material: Material) -> Section:
     body += tables.facts_table([run.manifest for run in runs], _FACTS)
     body += "<h3>Resolved configuration</h3>" + differing + details("Keys that all runs share", shared)
     return Section("provenance", "Provenance and configuration", body)
-
-
-def _policy(group: Group) -> str:
-    return str((first_run(group).config.get("control") or {}).get("policy"))
 
 
 def _regrets(judged: Sequence[tuple[str, Run]]) -> tuple[dict[Path, Regret], list[str]]:
@@ -273,10 +272,10 @@ def _regrets(judged: Sequence[tuple[str, Run]]) -> tuple[dict[Path, Regret], lis
     return known, list(failed)
 
 
-def _cut_note(groups: Sequence[Group]) -> str:
-    if len(groups) <= PANELS:
-        return ""
-    return paragraph(f"Figures show the first {PANELS} of {len(groups)} methods; the tables hold all.", "note")
+def _under(material: Material, groups: Sequence[Group]) -> str:
+    """What stands under a figure of some of the groups: the rows that it leaves out, and the clock."""
+    rule = f"figures here draw {first_rule(material.groups, material.comparison.baseline)}"
+    return left_out_text(groups, material.drawn_of(groups), rule) + material.comparison.clock
 
 
 def _named(names: Sequence[str]) -> str:

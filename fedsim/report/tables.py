@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ import pandas as pd
 from fedsim.experiment.belonging import Group
 from fedsim.experiment.compare import Comparison
 from fedsim.experiment.comparison import number_text, scale, sparsity_text, speedup_text, time_text
-from fedsim.experiment.progress import seconds_text
+from fedsim.experiment.regret import COLD_PARTICIPATIONS
 from fedsim.report.html import Cell, table
 
 _HASH_SHOWN = 12
@@ -34,11 +35,12 @@ def summary_table(comparison: Comparison) -> str:
     header += ["sparsity (devices)", "total, simulated s", "idle"]
     header += [] if comparison.fastest_class is None else [f"idle of {comparison.fastest_class}"]
     header += [f"traffic, {byte_unit}", f"energy, {joule_unit}", "host time, s"]
+    to_target, total, host = (_decimals(rows[name]) for name in ("time_to_target_s", "simulated_s", "host_s"))
     body = []
     for _, row in rows.iterrows():
         cells: list[Cell | str] = [row["method"], _seeds(row)]
         if target is not None:
-            cells.append(_time_to_target(row))
+            cells.append(_time_to_target(row, to_target))
         cells.append(_split(speedup_text(row, comparison.baseline), row["speedup"]))
         if target is not None:
             spread = row["accuracy_final_sd"]
@@ -47,7 +49,7 @@ def summary_table(comparison: Comparison) -> str:
             cells.append(_split(_gain(row, comparison.baseline), row["accuracy_gain"]))
         cells += [
             _split(sparsity_text(row), row["sparsity"]),
-            _number(seconds_text(row["simulated_s"]), row["simulated_s"]),
+            _seconds(row["simulated_s"], total),
             _number(number_text(row["idle_fraction"], ".1%"), row["idle_fraction"]),
         ]
         if comparison.fastest_class is not None:
@@ -55,7 +57,7 @@ def summary_table(comparison: Comparison) -> str:
         cells += [
             _number(number_text(row["traffic_bytes"] / byte_scale, ".2f"), row["traffic_bytes"]),
             _number(number_text(row["energy_j"] / joule_scale, ".2f"), row["energy_j"]),
-            _number(number_text(row["host_s"], ".0f" if row["host_s"] >= 10 else ".1f"), row["host_s"]),
+            _seconds(row["host_s"], min(host, 1)),
         ]
         body.append(cells)
     caption = (
@@ -141,7 +143,8 @@ def regret_table(frame: pd.DataFrame, runs: Mapping[str, int]) -> str:
     caption = (
         "Simulated seconds lost against the oracle at the same mean ratio, jitter left out: means over the judged runs "
         "(one for each seed), ± their standard deviation. Warm-up, cold start and settled add up to the total, up to "
-        "rounding."
+        f"rounding. Cold start: from the first round that may prune until each device has taken part "
+        f"{COLD_PARTICIPATIONS} times on average; to policies that learn nothing it is a span of rounds like any other."
     )
     return table([*header, "settled, s a round"], rows, caption)
 
@@ -156,6 +159,8 @@ def _regret(seconds: float, rounds: float) -> Cell:
 def runs_table(groups: Sequence[Group]) -> str:
     """Every run: where it lies and what made it. Draws of the device profiles have a column where there are any."""
     drawn = any(draw >= 0 for group in groups for _, draw in group.runs)
+    manifests = [run.manifest for group in groups for run in group.runs.values()]
+    simulated, host = (_decimals([one.get(name) for one in manifests]) for name in ("simulated_s", "host_s"))
     rows: list[list[Cell | str]] = []
     for group in groups:
         for (seed, draw), run in group.runs.items():
@@ -168,8 +173,8 @@ def runs_table(groups: Sequence[Group]) -> str:
                     Cell(str(seed), seed),
                     *(["-" if draw < 0 else str(draw)] if drawn else []),
                     str(manifest.get("engine", "-")),
-                    _seconds(manifest.get("simulated_s")),
-                    _seconds(manifest.get("host_s")),
+                    _seconds(manifest.get("simulated_s"), simulated),
+                    _seconds(manifest.get("host_s"), host),
                     _share(manifest.get("controller_host_s"), manifest.get("host_s")),
                     str(manifest.get("config_hash", "-"))[:_HASH_SHOWN],
                     str(manifest.get("trace_hash", "-"))[:_HASH_SHOWN],
@@ -244,8 +249,20 @@ def _gain(row: Any, baseline: str) -> str:
     return f"{text} [{100 * row['accuracy_gain_low']:+.1f}, {100 * row['accuracy_gain_high']:+.1f}]"
 
 
-def _seconds(value: Any) -> Cell:
-    return Cell("-", math.nan) if value is None else _number(seconds_text(float(value)), float(value))
+def _decimals(values: Iterable[float | None]) -> int:
+    """Decimals for a column of seconds: three digits of its least number, but no more than five of its largest."""
+    known = [abs(float(one)) for one in values if one is not None and math.isfinite(one) and one != 0]
+    if not known:
+        return 0
+    low, high = (math.floor(math.log10(edge)) for edge in (min(known), max(known)))
+    return max(0, min(2 - low, 4 - high))
+
+
+def _seconds(value: float | None, decimals: int) -> Cell:
+    """A number of a column of seconds."""
+    if value is None or math.isnan(value):
+        return Cell("-", math.nan)
+    return Cell(f"{value:,.{decimals}f}", float(value))
 
 
 def _share(part: Any, whole: Any) -> Cell:
@@ -265,12 +282,15 @@ def _split(text: str, value: float) -> Cell:
     return Cell(text, float(value))
 
 
-def _time_to_target(row: Any) -> Cell:
+def _time_to_target(row: Any, decimals: int) -> Cell:
     """The time, and under it how many runs reached the target, or else how exactly the time is known."""
-    cell = _split(time_text(row), row["time_to_target_s"])
-    if cell.note or math.isnan(row["time_known_to_s"]):
-        return cell
-    return Cell(cell.text, cell.value, f"known to {seconds_text(row['time_known_to_s'])}")
+    if row["reached"] == 0:
+        return Cell(time_text(row), math.nan)
+    cell = _seconds(row["time_to_target_s"], decimals)
+    if row["reached"] < row["runs"]:
+        return replace(cell, note=f"({row['reached']} of {row['runs']})")
+    known_to = _seconds(row["time_known_to_s"], decimals)
+    return cell if math.isnan(row["time_known_to_s"]) else replace(cell, note=f"known to {known_to.text}")
 
 
 def _number(text: str, value: float) -> Cell:

@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_up import write_run
+from matplotlib.colors import to_hex
 
 from fedsim.errors import ConfigError, RunError
 from fedsim.experiment.belonging import group_runs
 from fedsim.experiment.results import find_runs, load
 from fedsim.plots import frames, write_figures
-from fedsim.plots.style import styles
+from fedsim.plots.style import COLOURS, styles
 
 NAMES = ("accuracy_over_time", "idle_by_class", "choices_by_class", "timeline")
 KINDS = {"png": b"\x89PNG", "pdf": b"%PDF", "csv": b"method,"}
@@ -138,8 +139,106 @@ def test_captions_name_the_clock(tmp_path, monkeypatch):
 
 
 def test_no_two_of_many_methods_look_alike():
-    looks = styles([f"method_{index}" for index in range(20)])
-    assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == 20
+    looks = styles([f"method_{index}" for index in range(60)])
+    assert len({(look.colour, str(look.dashes)) for look in looks.values()}) == 60
+
+
+def test_twelve_rows_differ_in_colour_marker_and_hatch():
+    looks = list(styles([f"method_{index}" for index in range(12)]).values())
+    assert len({look.colour for look in looks}) == 12
+    assert len({look.marker for look in looks}) == 12
+    assert len({(look.hatch, look.colour) for look in looks}) == 12
+    assert len({look.hatch for look in looks[6:]}) == 6
+    assert all(look.hatch for look in looks[6:])
+
+
+# As Machado, Oliveira and Fernandes (2009) simulate them at full severity, in linear RGB.
+SEEN = {
+    "all colours": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def lab(colour, seen):
+    """CIE L*a*b* (D65) of a hexadecimal sRGB colour as somebody sees it."""
+    encoded = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(np.asarray(seen) @ linear, 0, 1)
+    xyz = np.array([[0.41246, 0.35758, 0.18044], [0.21267, 0.71515, 0.07217], [0.01933, 0.11919, 0.95030]]) @ linear
+    ratio = xyz / (0.95047, 1.0, 1.08883)
+    f = np.where(ratio > 216 / 24389, np.cbrt(ratio), (24389 / 27 * ratio + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("who", SEEN)
+def test_colour_blind_readers_tell_the_twelve_colours_apart(who):
+    """2.3 is a just noticeable difference side by side."""
+    colours = np.array([lab(colour, SEEN[who]) for colour in COLOURS])
+    apart = np.linalg.norm(colours[:, None] - colours[None], axis=2)[np.triu_indices(len(COLOURS), 1)]
+    assert apart.min() > (25 if who == "all colours" else 13)
+
+
+def test_a_row_keeps_its_look_whatever_else_is_drawn(runs, tmp_path, monkeypatch):
+    """The first row recorded no clients: the idle shares are those of the second alone, in the second's colour."""
+    from fedsim.plots import figures
+
+    sparse = load(write_run(tmp_path / "sparse", "fedlora", rounds=8, clients=16, client_rounds=False))
+    drawn = {}
+
+    def kept(figure, _frame, _out, name, _mark):
+        drawn[name] = figure
+        return []
+
+    monkeypatch.setattr(figures, "save", kept)
+    full = next(run for run in runs if run.method == "fedspine" and run.seed == 0)
+    write_figures([sparse, full], tmp_path / "out")
+    lines = {line.get_label(): line.get_color() for line in drawn["accuracy_over_time"].axes[0].get_lines()}
+    bars = drawn["idle_by_class"].axes[0].containers[0]
+    assert bars.get_label() == "fedspine"
+    assert to_hex(bars[0].get_facecolor()).upper() == lines["fedspine"] == COLOURS[1]
+
+
+def test_rows_follow_each_other_as_asked(runs, tmp_path):
+    write_figures(runs, tmp_path, order=["fedspine", "fedlora"])
+    assert list(pd.read_csv(tmp_path / "idle_by_class.csv")["method"].unique()) == ["fedspine", "fedlora"]
+
+
+def speedup_rows():
+    columns = ["method", "speedup", "speedup_low", "speedup_high", "reached", "runs", "is_baseline"]
+    nan = np.nan
+    rows = [
+        ["a", 0.89, 0.6, 1.45, 3, 3, False],
+        ["b", 1.0, 1.0, 1.0, 3, 3, True],
+        ["c", 1.2, nan, nan, 1, 3, False],
+        ["d", nan, nan, nan, 0, 3, False],
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def test_the_numbers_of_speedups_stand_in_a_column_beside_the_axes():
+    """At the end of a bar or a whisker a number reads as the position of that end."""
+    from fedsim.plots import summary
+    from fedsim.plots.style import settle
+
+    seen = []
+
+    def sink(figure, frame, *_):
+        settle(figure, frame, None)
+        renderer, axes = figure.canvas.get_renderer(), figure.axes[0]
+        assert all(to_hex(bar.get_facecolor()).upper() not in COLOURS for bar in axes.patches)
+        for text in axes.texts:
+            seen.append((text.get_text(), text.get_window_extent(renderer)))
+        seen.append(("axes", axes.get_window_extent(renderer)))
+        seen.append(("figure", figure.bbox))
+
+    summary.draw_speedups(speedup_rows(), "time", "b", "", None, sink)
+    boxes = dict(seen)
+    texts = ["0.89x [0.60, 1.45]", "1.00x, baseline", "1.20x, no interval", "not reached"]
+    assert [text for text, _ in seen] == [*texts, "axes", "figure"]
+    assert len({round(boxes[text].x0, 1) for text in texts}) == 1
+    assert all(boxes["axes"].x1 < boxes[text].x0 < boxes[text].x1 <= boxes["figure"].x1 for text in texts)
 
 
 def test_runs_that_do_not_belong_together_are_not_drawn(runs, tmp_path):

@@ -79,7 +79,7 @@ def test_more_methods_than_a_row_and_runs_without_clients(runs, tmp_path):
 
 
 def test_a_cold_start_ends_with_its_run_and_begins_after_its_own_warm_up(runs):
-    """The rounds asked for are more than the run has; each line marks its own."""
+    """The rounds asked for are more than the run has; a line marks its own, of controllers that learn."""
     from fedsim.experiment.belonging import group_runs
     from fedsim.plots.regret import draw_cumulative_regret
 
@@ -97,7 +97,35 @@ def test_a_cold_start_ends_with_its_run_and_begins_after_its_own_warm_up(runs):
     limits, bands, cold = seen[0]
     assert limits == (0.0, 7.0)
     assert len(bands) == 0
-    assert cold == [[2, 3, 4, 5, 6, 7]] * 2
+    assert cold == [[2, 3, 4, 5, 6, 7]], "of e_ucb; to uniform no device is new"
+
+
+def test_without_a_controller_that_learns_no_cold_start_is_named(runs):
+    from fedsim.experiment.belonging import group_runs
+    from fedsim.plots.regret import draw_cumulative_regret
+
+    own = [run for run in runs if run.config["control"]["policy"] == "uniform"]
+    said = []
+
+    def sink(figure, *_):
+        texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+        said.append(" ".join([*texts, *(text.get_text() for text in figure.texts)]))
+
+    for some in (own, runs):
+        draw_cumulative_regret(group_runs(some)[0], {run.path: regret(run) for run in some}, "", None, sink)
+    assert "cold start" not in said[0]
+    assert "new to the controller" not in said[1]
+    assert "cold start of controllers that learn, from the first round that may prune until" in " ".join(
+        said[1].split()
+    )
+
+
+def test_the_policies_that_learn_nothing_are_policies():
+    from fedsim.control.policies import POLICIES
+    from fedsim.plots.regret import LEARN_NOTHING
+
+    assert set(POLICIES) - LEARN_NOTHING == {"balanced", "d_ucb_grid", "e_ucb", "sucb", "thompson"}
+    assert set(POLICIES) > LEARN_NOTHING
 
 
 def test_means_over_seeds_keep_the_parts(runs):
