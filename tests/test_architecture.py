@@ -32,6 +32,7 @@ LEVELS = {
     "sweeps": 6,
     "report": 7,
     "bench": 6,
+    "parser": 1,
     "cli": 8,
     "__main__": 9,
 }

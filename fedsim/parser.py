@@ -1,0 +1,208 @@
+"""What the command line takes. Nothing here knows what a command does."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+BASELINE_HELP = "method or row to measure speedups against (default: fedlora, else fedspine_uniform, else the slowest)"
+WHERE_HELP = "only runs with this setting, such as fleet.name=fedspine-80 (several values: commas; may be repeated)"
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Action = Callable[[argparse.Namespace], int | None]
+
+
+def make_parser(version: str, actions: Mapping[str, Action]) -> argparse.ArgumentParser:
+    """The parser of all commands; the namespace has the command's `action` and its own `parser`.
+
+    Args:
+        version: what ``--version`` prints.
+        actions: what each command does, by its name.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fedsim",
+        description="Federated fine-tuning with real learning on simulated devices.",
+    )
+    parser.add_argument("--version", action="version", version=version)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for add in (_run, _sweep, _compare, _report, _surrogate, _export, _bench, _devices, _estimate):
+        add(commands)
+    for name, command in commands.choices.items():
+        command.set_defaults(action=actions[name], parser=command)
+    return parser
+
+
+def _run(commands: Commands) -> None:
+    run = commands.add_parser("run", help="run one experiment", description="Run one experiment.")
+    run.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a preset such as quickstart")
+    run.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="configuration keys, such as train.local_steps=10"
+    )
+    run.add_argument("--out", metavar="DIR", type=Path, help="run directory (default: runs/CONFIG-METHOD-seedN)")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    again.add_argument("--force", action="store_true", help="overwrite an existing run")
+    run.add_argument(
+        "--profile-error",
+        metavar="N",
+        type=int,
+        help="repeat the run over N draws of the device profiles from their error bands, in DIR/draw-000 and so on",
+    )
+    _add_import(run)
+    run.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def _sweep(commands: Commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a grid of experiments, several at a time",
+        description="Run every combination of the grid's values and seeds. The same command goes on after a stop: "
+        "finished cells are kept, unfinished ones go on from their last checkpoint. Exit code 1 where cells failed.",
+    )
+    sweep.add_argument("config", metavar="CONFIG", help="YAML file or preset; a sweep file may hold grid and seeds")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, set in every cell")
+    sweep.add_argument(
+        "--grid", action="append", default=[], metavar="key=v1,v2", help="values of one key; again for another key"
+    )
+    sweep.add_argument("--seeds", metavar="0-4", help="a range, or a list 0,2,5 (default: the configuration's seed)")
+    sweep.add_argument("--out", metavar="DIR", type=Path, help="the sweep's folder (default: runs/NAME)")
+    where = sweep.add_mutually_exclusive_group()
+    where.add_argument("--workers", metavar="N", type=int, help="cells at a time (default: the number of cores)")
+    where.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="local",
+        help="run the cells on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; without ADDRESS on one of this "
+        "computer's own",
+    )
+    sweep.add_argument("--tiny", action="store_true", help="the small scale of tiny.yaml beside CONFIG")
+    sweep.add_argument("--rerun-failed", action="store_true", help="run cells again that failed before")
+    _add_import(sweep)
+    sweep.add_argument("--quiet", action="store_true", help="no table and no progress")
+
+
+def _compare(commands: Commands) -> None:
+    compare = commands.add_parser("compare", help="table and figures of finished runs")
+    _add_comparison(compare)
+    compare.add_argument(
+        "--out", metavar="DIR", type=Path, help="folder for figures and their CSV (default: none drawn)"
+    )
+    compare.add_argument("--round", metavar="N", type=int, help="round of the timeline (default: the middle one)")
+    compare.add_argument("--json", action="store_true", help="machine-readable output")
+    _add_import(compare)
+
+
+def _report(commands: Commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="one self-contained page on finished runs",
+        description="Write one HTML page on all finished runs at or below DIR. It works offline and without scripts.",
+    )
+    _add_comparison(report)
+    report.add_argument(
+        "--out", metavar="FILE.html", type=Path, help="default: report.html in DIR, or here for several DIR"
+    )
+    _add_import(report)
+
+
+def _surrogate(commands: Commands) -> None:
+    surrogate = commands.add_parser(
+        "fit-surrogate",
+        help="fit a loss model to a finished run, to stand in for training in large fleets",
+        description="Fit a loss model to a finished run that trained. Runs with train.engine=surrogate and "
+        "train.surrogate=FILE draw losses and accuracies from it; all their outputs say so.",
+    )
+    surrogate.add_argument("run", metavar="RUN", type=Path, help="run directory, finished, with client_rounds")
+    surrogate.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSON file to write")
+    _add_import(surrogate)
+
+
+def _export(commands: Commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a model of a finished run for plain transformers and peft",
+        description="Write one client's pruned model, or the consensus, with the run's LoRA. The folder's README.md "
+        "says how to load it.",
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="run directory, finished")
+    whose = export.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--device", metavar="CLIENT", type=int, help="the structure of one client, counted from 0")
+    whose.add_argument(
+        "--consensus", action="store_true", help="one structure cut to the fleet-mean ratio by the averaged importance"
+    )
+    export.add_argument(
+        "--format",
+        choices=["dense", "sliced"],
+        default="dense",
+        help="dense: original shapes, zeros where pruned (default); sliced: small shapes, loaded with fedsim's classes",
+    )
+    export.add_argument("--merge", action="store_true", help="add the LoRA to the weights (default: in DIR/adapter)")
+    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
+    _add_import(export)
+
+
+def _bench(commands: Commands) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="how fast this host trains clients and plays rounds, against plain loops in the same process",
+        description="Measure engines, simulator, policies and memory; every result is checked before it is timed.",
+    )
+    bench.add_argument("--torch-device", choices=["cpu", "cuda"], default="cpu", help="where to train (default: cpu)")
+    bench.add_argument(
+        "--only",
+        metavar="SECTION,...",
+        default="",
+        help="engines, chunks, simulator, runs, control, memory (default: all; with cuda: engines and chunks)",
+    )
+    size = bench.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="smallest sizes, in seconds; no target is judged")
+    size.add_argument("--full", action="store_true", help="more cases and more repetitions")
+    bench.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
+    bench.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _devices(commands: Commands) -> None:
+    devices = commands.add_parser("devices", help="device profiles: every number with its status and source")
+    devices.add_argument("name", nargs="?", metavar="NAME", help="device name or profile file (default: a list)")
+    devices.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _estimate(commands: Commands) -> None:
+    estimate = commands.add_parser("estimate", help="seconds, joules and memory of one local step on a device")
+    which = estimate.add_mutually_exclusive_group(required=True)
+    which.add_argument("--device", metavar="NAME", help="device name, such as jetson-tx2")
+    which.add_argument("--profile", metavar="FILE.yaml", help="a profile of your own")
+    estimate.add_argument("--mode", help="power mode (default: the fastest)")
+    estimate.add_argument("--model", required=True, help="built-in shape, local folder or hub name")
+    estimate.add_argument("--batch-size", type=int, required=True, help="samples per step")
+    estimate.add_argument("--seq-len", type=int, required=True, help="tokens per sample")
+    tuning = estimate.add_mutually_exclusive_group()
+    tuning.add_argument("--lora-rank", type=int, metavar="R", help="LoRA on every prunable Linear (default: 8)")
+    tuning.add_argument("--full", action="store_true", help="full tuning")
+    tuning.add_argument("--inference", action="store_true", help="forward pass only")
+    estimate.add_argument("--train-top-layers", type=int, metavar="K", help="train the top K layers only")
+    estimate.add_argument("--prune-ratio", type=float, default=0.0, metavar="P", help="pruning ratio (default: 0)")
+    estimate.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="arithmetic (default: fp32)")
+    estimate.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file (or module) that registers methods, policies or criteria of your own",
+    )
+
+
+def _add_comparison(command: argparse.ArgumentParser) -> None:
+    """What a table and a page of the same runs both take."""
+    command.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="runs, or folders of runs")
+    command.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
+    command.add_argument("--baseline", metavar="METHOD", help=BASELINE_HELP)
+    command.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=WHERE_HELP)
