@@ -55,7 +55,7 @@ def _cure(arguments: argparse.Namespace, error: str) -> str:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments; ``key=value`` may also stand behind an option, which argparse alone refuses."""
-    parser = make_parser(_version(), _ACTIONS)
+    parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     late = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(late) < len(rest) or (late and not hasattr(arguments, "overrides")):
@@ -64,6 +64,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if late:
         arguments.overrides += late
     return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    return make_parser(_version(), _ACTIONS)
 
 
 def _import_own(arguments: argparse.Namespace) -> None:
