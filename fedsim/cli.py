@@ -257,10 +257,6 @@ def _estimate(arguments: argparse.Namespace) -> None:
     print(json.dumps(figures, indent=2) if arguments.json else estimate_text(figures))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 _ACTIONS: dict[str, Action] = {
     "run": _run,
     "sweep": _sweep,
@@ -272,3 +268,7 @@ _ACTIONS: dict[str, Action] = {
     "devices": _devices,
     "estimate": _estimate,
 }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
