@@ -24,7 +24,15 @@ from typing import Any
 from pydantic import BaseModel
 
 from fedsim.errors import ConfigError, nearest
-from fedsim.experiment.config import build_config, config_hash, find_config, parse_overrides, read_tree, value_text
+from fedsim.experiment.config import (
+    build_config,
+    config_hash,
+    dotted,
+    find_config,
+    parse_overrides,
+    read_tree,
+    value_text,
+)
 from fedsim.settings import Config
 
 TINY = "tiny.yaml"
@@ -225,7 +233,7 @@ def _read(config: str | Path | Mapping[str, Any], tiny: bool) -> _Layers:
     if own["config"] is not None:
         beside = path.parent / str(own["config"]) if path else None
         found = beside if beside is not None and beside.is_file() else find_config(str(own["config"]))
-        base, over = read_tree(found), _flat(tree)
+        base, over = read_tree(found), dotted(tree)
         nested = [key for key in SWEEP_KEYS if key in base]
         if nested:
             raise ConfigError(f"config: '{found}' is itself a sweep file (it has {nested[0]}); give a configuration")
@@ -240,16 +248,8 @@ def _read(config: str | Path | Mapping[str, Any], tiny: bool) -> _Layers:
             raise ConfigError(f"'{file}': key 'config' is not allowed here (it is laid over the sweep's own)")
         grid |= _grid_section(small.pop("grid", None))
         own |= {key: small.pop(key) for key in ("cases", "seeds") if key in small}
-        over |= _flat(small)
+        over |= dotted(small)
     return _Layers(name, base, over, grid, own["cases"], own["seeds"])
-
-
-def _flat(tree: Values, prefix: str = "") -> dict[str, Any]:
-    """Sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _grid_section(section: Any) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _grid_section(section: Any) -> dict[str, Any]:
         return {}
     if not isinstance(section, Mapping):
         raise ConfigError(f"grid: value {section!r} is not allowed (it should be lists of values by key)")
-    return _flat(section)
+    return dotted(section)
 
 
 def _listed(key: str, many: Any) -> list[Any]:
@@ -277,7 +277,7 @@ def _cases(cases: Any) -> list[dict[str, Any]]:
         raise ConfigError(f"cases: value {cases!r} is not allowed (it should be a list of settings)")
     if not cases:
         raise ConfigError("cases: the list is empty (at least one case)")
-    return [_flat(case) for case in cases]
+    return [dotted(case) for case in cases]
 
 
 def _check_keys(where: str, keys: Sequence[str]) -> None:
