@@ -16,11 +16,15 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from fedsim.errors import FedsimError
 from fedsim.experiment.compare import compare
 from fedsim.experiment.results import find_runs
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "runs/quickstart")
-runs = find_runs([folder])
+try:
+    runs = find_runs([folder])
+except FedsimError as error:
+    raise SystemExit(f"{error}; name a folder of runs: python notebooks/first_look.py DIR") from None
 
 # %% [markdown]
 # ## The table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -71,3 +72,15 @@ def left_out_text(groups: Sequence[Group], shown: Sequence[Group], rule: str) ->
     more = f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else ""
     names = f"{'; '.join(absent[:_NAMED])}{more}"
     return f"Shows {len(shown)} of {len(groups)} rows: {rule}. Left out here: {names}. "
+
+
+def bare_text(groups: Sequence[Group]) -> str:
+    """What a method's name without settings means where others of its rows name theirs; empty where there is none."""
+    count = Counter(group.method for group in groups)
+    bare = [group for group in groups if group.label == group.method and count[group.method] > 1]
+    said = [f"{one.label} alone: with the settings that most of its rows share ({_policy_text(one)})." for one in bare]
+    return " ".join(said)
+
+
+def _policy_text(group: Group) -> str:
+    return f"control.policy={policy_of(group)}"

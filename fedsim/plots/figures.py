@@ -150,7 +150,7 @@ def draw_idle(
     looks = looks or styles([group.label for group in groups])
     with canvas(WIDTH_IN, 3.8 + _legend_in(groups)) as figure:
         axes = figure.add_subplot()
-        width = 0.8 / len(groups)
+        width, highest = 0.8 / len(groups), float(frame["idle_fraction"].max())
         several = False
         for index, group in enumerate(groups):
             own = frame[frame["method"] == group.label].groupby("device")["idle_fraction"]
@@ -163,8 +163,10 @@ def draw_idle(
                 axes.errorbar(at, mean, yerr=bounds, fmt="none", ecolor="#222222", elinewidth=0.9, capsize=2)
             for x, value in zip(at, mean, strict=True):
                 if len(groups) * len(classes) <= 16 and not np.isnan(value):
-                    own_look = {**_ON_BAR, "bbox": {"facecolor": looks[group.label].colour, "lw": 0.0, "pad": 0.6}}
-                    axes.annotate(f"{value:.0%}", (x, 0), (0, 2), textcoords="offset points", ha="center", **own_look)
+                    on_bar = value > _LOW_BAR * highest
+                    look = {**_ON_BAR, "bbox": {"facecolor": looks[group.label].colour, "lw": 0.0, "pad": 0.6}}
+                    where, look = ((x, 0), look) if on_bar else ((x, value), _OVER_BAR)
+                    axes.annotate(f"{value:.0%}", where, (0, 2), textcoords="offset points", ha="center", **look)
         axes.set_xticks(range(len(classes)), classes)
         axes.grid(axis="x", visible=False)
         axes.set_ylim(bottom=0)
@@ -176,6 +178,9 @@ def draw_idle(
 
 
 _ON_BAR: dict[str, Any] = {"fontsize": 7, "color": "white", "fontweight": "bold"}
+_OVER_BAR: dict[str, Any] = {**_ON_BAR, "color": "#333333"}
+_LOW_BAR = 0.06
+"""Of the highest bar: lower ones are no ground for a number."""
 
 
 def draw_choices(groups: Sequence[Group], classes: Sequence[str], text: str, mark: str | None, sink: Sink) -> None:

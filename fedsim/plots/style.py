@@ -82,6 +82,8 @@ DPI = 160
 WIDTH_IN = 6.4
 """Of figures with one panel: two of them fit side by side on a page."""
 _CAPTION = "caption"
+_LINE_IN = 0.155
+_LINES_COUNTED_ON = 3
 _CHARACTERS_IN = 13.4
 """Characters of a legend to an inch, at the size of `_SETTINGS`."""
 _SETTINGS = {
@@ -119,7 +121,10 @@ def caption(figure: Figure, text: str) -> None:
     """Small print under the figure: what a reader must know who sees the figure alone."""
     width_in, height_in = figure.get_size_inches()
     lines = textwrap.wrap(text, int(width_in * 18.5))
-    share = (0.155 * len(lines) + 0.06) / height_in
+    # A long one makes the figure higher: the axes keep the room that their drawing counts on.
+    height_in += _LINE_IN * max(0, len(lines) - _LINES_COUNTED_ON)
+    figure.set_size_inches(width_in, height_in)
+    share = (_LINE_IN * len(lines) + 0.06) / height_in
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0.0, share, 1.0, 1.0 - share))  # type: ignore[call-arg]
@@ -132,6 +137,9 @@ def without_caption(figure: Figure) -> str:
     taken = [text for text in figure.texts if text.get_gid() == _CAPTION]
     for text in taken:
         text.remove()
+        width_in, height_in = figure.get_size_inches()
+        spare = _LINE_IN * max(0, text.get_text().count("\n") + 1 - _LINES_COUNTED_ON)
+        figure.set_size_inches(width_in, height_in - spare)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0.0, 0.0, 1.0, 1.0))  # type: ignore[call-arg]

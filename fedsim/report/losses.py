@@ -32,11 +32,10 @@ def _line(group: Group) -> str | None:
         by_outcome.update(one.by_outcome)
     # Runs without client records say how many, and not how.
     unknown = lost - sum(by_outcome.values())
-    outcomes = [f"{name} {by_outcome[name]}" for name in sorted(by_outcome)] + [f"not recorded how {unknown}"] * bool(
-        unknown
-    )
-    share = lost / sent
-    text = f"{group.label}: {lost} of {sent} updates ({max(share, 0.0001):.2%}; {', '.join(outcomes)})"
+    outcomes = [f"{name} {by_outcome[name]}" for name in sorted(by_outcome)]
+    outcomes += [f"not recorded how {unknown}"] * bool(unknown)
+    share = f"{lost / sent:.1%}" if lost >= sent / 1000 else "<0.1%"
+    text = f"{group.label}: {lost} of {sent} updates ({share}; {', '.join(outcomes)})"
     if len(counts) > 1:
         text += f", in {sum(one.lost > 0 for one in counts)} of {len(counts)} runs"
     whole = sum(one.lost == one.sent > 0 for one in counts)

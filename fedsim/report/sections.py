@@ -16,7 +16,7 @@ from fedsim.experiment.structures import kept_structures
 from fedsim.plots import figures, frames, summary_frames
 from fedsim.plots import regret as regret_plots
 from fedsim.plots import summary as summary_plots
-from fedsim.plots.choice import first_rule, left_out_text, policy_of
+from fedsim.plots.choice import bare_text, first_rule, left_out_text, policy_of
 from fedsim.report import tables
 from fedsim.report.drawings import Sketchbook
 from fedsim.report.html import Section, bullets, csv_link, details, paragraph, side_by_side
@@ -51,7 +51,7 @@ def summary(material: Material) -> Section:
     body += tables.summary_table(comparison) + paragraph(
         "Speedups and points are paired by seed; 95% bootstrap intervals over seeds. Fewer than three pairs have no "
         "interval, and of fewer than six it is little more than their range. Unpruned methods stand first: they are "
-        "references, not rivals of the pruned.",
+        f"references, not rivals of the pruned. {bare_text(material.groups)}",
         "note",
     )
     body += f"<p>Numbers: {csv_link('comparison', comparison.rows)}</p>"

@@ -106,7 +106,10 @@ def test_sweep_of_timing_only_runs_takes_one_fleet_and_holds_all_else(execute, s
     monkeypatch.setenv("FEDSIM_SWEEP", str(sweeps / "timed"))
     _, printed = execute("sweep.py", "-f")  # as a kernel starts: the folder comes from the environment
     out = sweeps / "timed" / "figures"
-    assert "3 runs on fleet fedspine-80; 1 left out (fleets: fedspine-80, fedspine-80-modes)" in printed
+    said = (
+        "Only fleet fedspine-80, that of the first run: times compare on one fleet alone; left out: fedspine-80-modes."
+    )
+    assert f"3 of 4 runs: those on fleet fedspine-80. {said}" in printed
     assert "timing only" in printed
     assert "varied alone: lambda, s\n" in printed
     drawn = {path.stem for path in out.glob("*.png")}
@@ -118,6 +121,69 @@ def test_sweep_of_timing_only_runs_takes_one_fleet_and_holds_all_else(execute, s
     assert list(table["simulated_s"]) == pytest.approx([run.rounds["end_s"].iloc[-1] for run in runs])
     assert list(table["idle_fraction"]) == pytest.approx([run.rounds["idle_fraction"].mean() for run in runs])
     assert list(pd.read_csv(out / "sensitivity_s.csv")["value"]) == [0.02, 1.0]
+
+
+def captions_of(monkeypatch):
+    """What stands under the figures that are drawn from here on."""
+    from fedsim.plots import figures, regret, summary
+
+    said = []
+    for module in (figures, regret, summary):
+        monkeypatch.setattr(module, "caption", lambda _, text: said.append(text))
+    return said
+
+
+def test_every_figure_of_a_sweep_over_fleets_names_the_one_it_shows(execute, sweeps, monkeypatch):
+    said = captions_of(monkeypatch)
+    _, printed = execute("sweep.py", sweeps / "timed", "fedspine-80-modes")
+    named = "Only fleet fedspine-80-modes, as asked: times compare on one fleet alone; left out: fedspine-80."
+    assert f"1 of 4 runs: those on fleet fedspine-80-modes. {named}" in printed
+    assert len(said) == 2
+    assert all(named in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere"], "'nowhere' is not the folder of a sweep: it has no sweep.json; name the folder of a sweep"),
+        (["timed", "lab"], "has no finished run on fleet 'lab': its fleets are fedspine-80, fedspine-80-modes"),
+    ],
+)
+def test_a_wrong_folder_or_fleet_is_one_sentence(execute, sweeps, monkeypatch, arguments, said):
+    monkeypatch.chdir(sweeps)
+    with pytest.raises(SystemExit) as stop:
+        execute("sweep.py", *arguments)
+    assert said in str(stop.value.code)
+    assert "\n" not in str(stop.value.code)
+
+
+def test_first_look_at_a_wrong_folder_is_one_sentence(execute, tmp_path):
+    with pytest.raises(SystemExit, match="no such run directory"):
+        execute("first_look.py", tmp_path / "nowhere")
+
+
+def test_a_figure_of_regret_keeps_the_ends_and_names_what_differs(execute, tmp_path, monkeypatch):
+    """Fourteen configurations, the leveller and the oracle among the last."""
+    settings = {**TREE, "fleet": {"clients": 6}}
+    varied = [{"control.discount": 0.9 + place / 200} for place in range(9)]
+    policies = [{"control.policy": name} for name in ("random", "uniform", "thompson", "balanced", "oracle")]
+    sweep = {**settings, "method": "fedspine", "cases": [*varied, *policies], "seeds": "0"}
+    fedsim.sweep(sweep, out=tmp_path / "many", workers=1, quiet=True)
+    said = captions_of(monkeypatch)
+    names, printed = execute("sweep.py", tmp_path / "many")
+    table = pd.read_csv(tmp_path / "many" / "figures" / "cumulative_regret.csv")
+    drawn = list(table["method"].unique())
+    totals = {group.label: names["known"][run.path].total_s for group in names["firsts"] for run in group.runs.values()}
+    assert len(totals) == 14
+    assert len(drawn) == 12
+    assert {min(totals, key=totals.get), max(totals, key=totals.get)} <= set(drawn)
+    for policy in ("oracle", "uniform"):
+        assert any(f"control.policy={policy}" in label for label in drawn)
+    assert all("=" in label or label == "fedspine" for label in drawn)
+    assert all(label in printed for label in totals), "the printed table holds all"
+    caption = next(text for text in said if "oracle at each run" in text)
+    assert "Shows 12 of 14 rows: the ones of least and most regret, oracle and uniform, and then those" in caption
+    assert drawn == [label for label in names["comparison"].rows["method"] if label in drawn], "in the table's order"
 
 
 def cells_of(source):

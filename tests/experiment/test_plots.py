@@ -366,3 +366,37 @@ def test_a_page_takes_the_caption_off_and_gets_its_text():
         assert without_caption(figure) == said.strip()
         assert figure.texts == []
         assert without_caption(figure) == ""
+        assert tuple(figure.get_size_inches()) == pytest.approx((6.4, 4.0))
+
+
+def test_a_long_caption_takes_no_room_from_the_axes():
+    from fedsim.plots.style import canvas, caption, settle
+
+    heights = []
+    for lines in (3, 9):
+        with canvas(6.4, 4.0) as figure:
+            axes = figure.add_subplot()
+            caption(figure, "word " * 23 * lines)
+            settle(figure, pd.DataFrame(), None)
+            heights.append(axes.get_window_extent().height)
+    assert heights[1] == pytest.approx(heights[0], rel=0.02)
+
+
+def test_a_bar_too_low_for_its_number_has_it_above_and_without_a_box(runs):
+    """A coloured box over a bar of no height reads as a bar."""
+    from fedsim.experiment.belonging import Group
+    from fedsim.plots import figures
+
+    run = load(runs[0].path)
+    run.client_rounds.loc[run.client_rounds["device"] == "jetson-tx2", "idle_s"] = 0.0
+    said = {}
+
+    def sink(figure, *_):
+        said.update({text.get_text(): text for text in figure.axes[0].texts})
+
+    classes = ["jetson-tx2", "jetson-xavier-nx", "jetson-agx-xavier"]
+    figures.draw_idle([Group("a", "fedlora", {(0, -1): run})], classes, "", None, sink)
+    assert len(said) == 3
+    assert said["0%"].get_bbox_patch() is None
+    assert to_hex(said["0%"].get_color()) != "#ffffff"
+    assert sum(text.get_bbox_patch() is not None for text in said.values()) == 2

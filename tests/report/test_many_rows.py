@@ -142,7 +142,7 @@ def test_runs_that_lost_every_update_make_a_page_that_says_so(all_late):
     assert 'id="structure"' in page
     part = page[page.index('id="diagnosis"') : page.index('id="idle"')]
     for name in ("fedlora", "fedspine"):
-        assert f"{name}: 18 of 18 updates (100.00%; late 18). Nothing was learned: not one update arrived." in part
+        assert f"{name}: 18 of 18 updates (100.0%; late 18). Nothing was learned: not one update arrived." in part
     kept = kept_structures(all_late[0], _state(all_late[0]))
     assert (kept["heads_kept"] == kept["heads"]).all()
     assert kept["client"].nunique() == 6
@@ -171,7 +171,7 @@ def test_lost_updates_are_counted_over_the_runs_of_a_row(tmp_path):
     two = lossy(tmp_path / "two", ["ok", "late", "ok", "dropped"])
     none = lossy(tmp_path / "none", ["ok"], seed=1)
     box = lost_box([Group("fedspine", "fedspine", {(0, -1): two, (1, -1): none})])
-    assert "fedspine: 16 of 64 updates (25.00%; dropped 8, late 8), in 1 of 2 runs." in box
+    assert "fedspine: 16 of 64 updates (25.0%; dropped 8, late 8), in 1 of 2 runs." in box
     assert "Nothing was learned" not in box
     assert lost_box([Group("fedspine", "fedspine", {(1, -1): none})]) == ""
 
@@ -179,7 +179,7 @@ def test_lost_updates_are_counted_over_the_runs_of_a_row(tmp_path):
 def test_lost_updates_of_runs_without_client_records_are_counted_by_round(tmp_path):
     run = lossy(tmp_path / "bare", ["late"], client_rounds=False)
     box = lost_box([Group("fedspine", "fedspine", {(0, -1): run})])
-    assert "fedspine: 8 of 32 updates (25.00%; not recorded how 8)." in box
+    assert "fedspine: 8 of 32 updates (25.0%; not recorded how 8)." in box
 
 
 def test_the_title_of_many_folders_is_one_line(tmp_path, monkeypatch):
