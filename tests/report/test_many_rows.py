@@ -23,7 +23,7 @@ from fedsim.experiment.belonging import Group
 from fedsim.experiment.compare import compare
 from fedsim.experiment.results import find_runs, load
 from fedsim.experiment.structures import kept_structures
-from fedsim.plots.choice import first_rule, left_out_text, shown_by_regret, shown_first
+from fedsim.plots.choice import bare_text, first_rule, left_out_text, shown_by_regret, shown_first
 from fedsim.report import sections
 from fedsim.report.losses import lost_box
 from fedsim.report.material import gather
@@ -135,6 +135,14 @@ def test_few_rows_are_all_drawn_and_nothing_is_said():
     groups = groups_of(["sucb"] * 3)
     assert shown_first(groups, "row 2") == groups
     assert left_out_text(groups, groups, first_rule(groups, "row 2")) == ""
+
+
+def test_a_name_without_settings_is_explained_where_others_have_them():
+    one, other = groups_of(["sucb", "oracle"])
+    assert bare_text([one, other]) == ""
+    bare = Group("m", "m", one.runs)
+    assert bare_text([bare]) == ""
+    assert bare_text([bare, other]) == "m alone: with the settings that most of its rows share (control.policy=sucb)."
 
 
 def test_runs_that_lost_every_update_make_a_page_that_says_so(all_late):
