@@ -151,7 +151,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         from fedsim.plots import write_figures
 
         # Before the table: what is refused here (a round that is not there) is then all that is said.
-        paths = write_figures(runs, arguments.out, arguments.round)
+        paths = write_figures(runs, arguments.out, arguments.round, list(comparison.rows["method"]))
         paths += _write_speedups(comparison, arguments.out)
     print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
     if paths:

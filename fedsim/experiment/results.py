@@ -179,11 +179,14 @@ def load(path: str | Path) -> Run:
 def find_runs(paths: Iterable[str | Path]) -> list[Run]:
     """All runs at or below the given folders, in the order given, then by path; each once.
 
+    Of several folders (``SWEEP/*``) those of a sweep that hold no runs, such as its figures, are passed over.
+
     Raises:
         RunError: no such directory, or no run below it.
     """
     found: dict[Path, Run] = {}
-    for path in map(Path, paths):
+    given = [Path(path) for path in paths]
+    for path in given:
         if path.name == SWEEP_BOOK and path.is_file():
             continue  # "SWEEP/*" names it beside the runs
         if not path.is_dir():
@@ -191,6 +194,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         below = list(_run_folders(path))
         if not below and is_sweep_folder(path):
             raise RunError(f"sweep '{path}' has no finished cell: none of its cells has begun")
+        if not below and len(given) > 1 and is_sweep_folder(path.parent):
+            continue
         if not below:
             raise RunError(f"no run in '{path}': neither it nor a folder below it has a {MANIFEST}")
         for folder in below:

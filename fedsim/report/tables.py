@@ -12,7 +12,14 @@ import pandas as pd
 
 from fedsim.experiment.belonging import Group
 from fedsim.experiment.compare import Comparison
-from fedsim.experiment.comparison import number_text, scale, sparsity_text, speedup_text, time_text
+from fedsim.experiment.comparison import (
+    columns_in_need,
+    number_text,
+    scale,
+    sparsity_text,
+    speedup_text,
+    time_text,
+)
 from fedsim.experiment.regret import COLD_PARTICIPATIONS
 from fedsim.report.html import Cell, table
 
@@ -34,6 +41,8 @@ def summary_table(comparison: Comparison) -> str:
     header += [] if target is None else [f"points over {comparison.baseline}"]
     header += ["sparsity (devices)", "total, simulated s", "idle"]
     header += [] if comparison.fastest_class is None else [f"idle of {comparison.fastest_class}"]
+    unequal, lossy = columns_in_need(rows)
+    header += [*(["rounds"] if unequal else []), *(["updates lost"] if lossy else [])]
     header += [f"traffic, {byte_unit}", f"energy, {joule_unit}", "host time, s"]
     to_target, total, host = (_decimals(rows[name]) for name in ("time_to_target_s", "simulated_s", "host_s"))
     body = []
@@ -54,6 +63,8 @@ def summary_table(comparison: Comparison) -> str:
         ]
         if comparison.fastest_class is not None:
             cells.append(_number(number_text(row["idle_fastest_fraction"], ".1%"), row["idle_fastest_fraction"]))
+        cells += [Cell(f"{row['rounds']:g}", float(row["rounds"]))] if unequal else []
+        cells += [_number(number_text(row["lost_fraction"], ".1%"), row["lost_fraction"])] if lossy else []
         cells += [
             _number(number_text(row["traffic_bytes"] / byte_scale, ".2f"), row["traffic_bytes"]),
             _number(number_text(row["energy_j"] / joule_scale, ".2f"), row["energy_j"]),
@@ -62,7 +73,8 @@ def summary_table(comparison: Comparison) -> str:
         body.append(cells)
     caption = (
         "Means over seeds; ± is their standard deviation, [ ] a 95% interval. Times to accuracy are simulated seconds; "
-        "host time is this computer's."
+        "host time is this computer's. "
+        "Idle: mean over rounds of idle seconds over client seconds."
     )
     return table(header, body, caption, "sortable dense")
 

@@ -114,6 +114,11 @@ def test_the_folder_of_a_sweep_is_told_from_a_run(tmp_path):
     with pytest.raises(RunError, match=f"choose one of its cells' folders, such as '{done}', or .*fedsim.load_sweep"):
         load(tmp_path)
     assert [run.path.name for run in find_runs([tmp_path])] == ["begun", "done"]
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    assert [run.path.name for run in find_runs(sorted(tmp_path.iterdir()))] == ["begun", "done"]  # SWEEP/*
+    with pytest.raises(RunError, match="no run in"):
+        find_runs([figures])
 
 
 def test_the_summary_says_what_was_lost_and_why():

@@ -162,6 +162,16 @@ def test_findings_and_silence(folder, text):
     assert "Nothing" not in page[page.index('id="diagnosis"') : page.index('id="idle"')]
 
 
+def test_rows_of_unlike_length_or_with_lost_updates_show_it(tmp_path, text):
+    """The made-up runs lose some updates; equal rows have no column of rounds."""
+    assert "updates lost" in text
+    assert ">rounds<" not in text.split("</table>")[0]
+    for method, rounds in (("fedlora", 8), ("fedspine", 4)):
+        write_run(tmp_path / method, method, rounds=rounds, clients=8)
+    write_report(tmp_path)
+    assert ">rounds<" in (tmp_path / "report.html").read_text().split("</table>")[0]
+
+
 def test_what_users_typed_stays_text(tmp_path):
     name = "<script>alert('x')</script>&amp;"
     run = load(write_run(tmp_path / "run", rounds=4, clients=8, manifest={"method": name, "labels": [name]}))
