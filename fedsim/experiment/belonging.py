@@ -147,7 +147,10 @@ def _told_apart(rivals: Sequence[dict[str, str]]) -> list[str]:
     ]
     if len(differing) > _KEYS_IN_FULL:
         usual = {key: Counter(settings.get(key) for settings in rivals).most_common(1)[0][0] for key in differing}
-        short = [_settings_text(own, [key for key in differing if own.get(key) != usual[key]]) for own in rivals]
+        short = [
+            _settings_text(own, [key for key in differing if own.get(key) not in (usual[key], mine.get(key))])
+            for own, mine in zip(rivals, map(_policys_own, rivals), strict=True)
+        ]
         if len(set(short)) == len(rivals):
             return short
     return [_settings_text(own, differing) for own in rivals]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -61,7 +62,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell | str]], caption: 
     body = []
     for cells in whole:
         body.append(
-            f'<tr><th scope="row">{escaped(cells[0].text)}</th>' + "".join(_cell(cell) for cell in cells[1:]) + "</tr>"
+            f'<tr><th scope="row">{_breakable(cells[0].text)}</th>'
+            + "".join(_cell(cell) for cell in cells[1:])
+            + "</tr>"
         )
     return (
         # The caption stands outside: it wraps where the table scrolls.
@@ -123,6 +126,14 @@ def _cell(cell: Cell) -> str:
     if cell.value is None:
         return f"<td{_class('long' if len(cell.text) > _LONG else '')}>{shown}</td>"
     return f'<td class="number" data-value="{cell.value:.9g}">{shown}</td>'
+
+
+def _breakable(text: str) -> str:
+    """Settings may break behind their dots, underscores and signs of equality; short names stay whole."""
+    if " (" not in text:
+        return escaped(text)
+    name, _, settings = text.partition(" (")
+    return f"{escaped(name)} (" + re.sub("([._=])", r"\1<wbr>", escaped(settings))
 
 
 def _class(kind: str) -> str:

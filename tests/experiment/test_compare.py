@@ -692,3 +692,7 @@ def test_what_a_policy_brings_along_is_not_named_beside_it():
     assert [group.label for group in groups] == ["fedspine (control.policy=sucb)", "fedspine (control.policy=e_ucb)"]
     groups, _ = group_runs([run("sucb"), run("e_ucb", **own), run("e_ucb", exploration=0.5, cut="played")])
     assert groups[2].label == "fedspine (control.exploration=0.5, control.policy=e_ucb)"
+    groups, _ = group_runs(
+        [run("sucb"), run("e_ucb", **own), run("sucb", exploration=0.5, discount=0.9), run("sucb", arms="absolute")]
+    )
+    assert groups[1].label == "fedspine (control.policy=e_ucb)"

@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
 def row_of(page: str, label: str) -> list[float]:
     """The numbers of a method's row in the table of regret."""
     table = next(one for one in re.findall(r"<table.*?</table>", page, re.DOTALL) if "warm-up, s" in one)
-    row = next(one for one in re.findall(r"<tr>.*?</tr>", table, re.DOTALL) if label in one)
+    row = next(one for one in re.findall(r"<tr>.*?</tr>", table, re.DOTALL) if label in one.replace("<wbr>", ""))
     return [float(value) for value in re.findall(r'data-value="([^"]*)"', row)]
 
 

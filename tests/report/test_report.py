@@ -172,6 +172,12 @@ def test_rows_of_unlike_length_or_with_lost_updates_show_it(tmp_path, text):
     assert ">rounds<" in (tmp_path / "report.html").read_text().split("</table>")[0]
 
 
+def test_settings_in_a_label_may_break_and_stay_text():
+    made = table(["method"], [["fedspine (prune.target_scope=a&b)"]], "")
+    assert "fedspine (prune.<wbr>target_<wbr>scope=<wbr>a&amp;b)" in made
+    assert "tune_then_prune</th>" in table(["method"], [["tune_then_prune"]], "")
+
+
 def test_what_users_typed_stays_text(tmp_path):
     name = "<script>alert('x')</script>&amp;"
     run = load(write_run(tmp_path / "run", rounds=4, clients=8, manifest={"method": name, "labels": [name]}))
