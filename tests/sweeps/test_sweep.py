@@ -265,7 +265,13 @@ def start_sweep(config, out, **environment):
     command = [sys.executable, "-m", "fedsim.cli", "sweep", str(config), "--out", str(out), "--workers", "2"]
     command += ["--grid", "method=fedlora,made_to_dawdle", "--seeds", "0-1", "--import", PLUGIN]
     return subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where a shell started the tests in the background, SIGINT would be ignored by them and by what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
