@@ -11,6 +11,12 @@ import pandas as pd
 
 from fedsim.experiment.progress import seconds_text
 
+PANEL = (
+    "Accuracy: mean over a panel of clients, each with its own structure; their ratios need not average to the "
+    "fleet's. Consensus: one model cut to the fleet-mean ratio, so that rows of one sparsity compare."
+)
+UNEVEN = 0.02
+"""Ratios of devices this far apart are told."""
 TIME_TO_TARGET = "simulated time of the first evaluation at or above the target; known to time_known_to_s"
 
 
@@ -129,6 +135,9 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
     joule_unit, joule_scale = scale(rows["energy_j"].max(), "J")
     header = ["method", "runs", "sparsity", "accuracy"]
     units = ["", "", "mean (devices)", "final, SURROGATE" if comparison.is_surrogate else "final"]
+    uneven = devices_differ(rows)
+    header += ["consensus"] if uneven else []
+    units += ["final"] if uneven else []
     if comparison.target_accuracy is not None:
         header += [f"time to {comparison.target_accuracy:.4g}", "known to"]
         units += ["s, provisional" if comparison.target_is_provisional else "s", "s"]
@@ -147,6 +156,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
             str(row["runs"]),
             sparsity_text(row),
             number_text(row["accuracy_final"], ".3f") + _plus_minus(row["accuracy_final_sd"]),
+            *([number_text(row["accuracy_consensus_final"], ".3f")] if uneven else []),
         ]
         if timed:
             cell += [time_text(row), _seconds(row["time_known_to_s"])]
@@ -168,6 +178,12 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]
 def columns_in_need(rows: pd.DataFrame) -> tuple[bool, bool]:
     """Whether the rows differ in their numbers of rounds, and whether updates were lost in any."""
     return rows["rounds"].nunique() > 1, bool((rows["lost_fraction"] > 0).any())
+
+
+def devices_differ(rows: pd.DataFrame) -> bool:
+    """Whether devices of a row were tested at unlike ratios, so that a panel's mean is not at the fleet's ratio."""
+    spread = rows["sparsity_high"] - rows["sparsity_low"]
+    return bool(((spread > UNEVEN) & rows["accuracy_consensus_final"].notna()).any())
 
 
 def target_text(comparison: Comparison) -> list[str]:
@@ -200,6 +216,7 @@ def _notes(comparison: Comparison) -> list[str]:
         f"Speedup over {comparison.baseline}{chosen}, paired by seed, geometric mean; 95% bootstrap interval over "
         "seeds; fewer than three pairs have no interval, and of fewer than six it is little more than their range."
     )
+    lines += [PANEL] if devices_differ(comparison.rows) else []
     lines.append("Idle: mean over rounds of idle seconds over client seconds.")
     if comparison.fastest_class is not None:
         lines.append(

@@ -13,7 +13,9 @@ import pandas as pd
 from fedsim.experiment.belonging import Group
 from fedsim.experiment.compare import Comparison
 from fedsim.experiment.comparison import (
+    PANEL,
     columns_in_need,
+    devices_differ,
     number_text,
     scale,
     sparsity_text,
@@ -39,6 +41,8 @@ def summary_table(comparison: Comparison) -> str:
     header += [f"speedup over {comparison.baseline}"]
     header += [] if target is None else ["final accuracy" + (", SURROGATE" if comparison.is_surrogate else "")]
     header += [] if target is None else [f"points over {comparison.baseline}"]
+    uneven = target is not None and devices_differ(rows)
+    header += ["consensus accuracy"] if uneven else []
     header += ["sparsity (devices)", "total, simulated s", "idle"]
     header += [] if comparison.fastest_class is None else [f"idle of {comparison.fastest_class}"]
     unequal, lossy = columns_in_need(rows)
@@ -56,6 +60,9 @@ def summary_table(comparison: Comparison) -> str:
             note = "" if math.isnan(spread) else f"± {spread:.3f}"
             cells.append(Cell(number_text(row["accuracy_final"], ".3f"), float(row["accuracy_final"]), note))
             cells.append(_split(_gain(row, comparison.baseline), row["accuracy_gain"]))
+        if uneven:
+            consensus = row["accuracy_consensus_final"]
+            cells.append(_number(number_text(consensus, ".3f"), consensus))
         cells += [
             _split(sparsity_text(row), row["sparsity"]),
             _seconds(row["simulated_s"], total),
@@ -75,7 +82,7 @@ def summary_table(comparison: Comparison) -> str:
         "Means over seeds; ± is their standard deviation, [ ] a 95% interval. Times to accuracy are simulated seconds; "
         "host time is this computer's. "
         "Idle: mean over rounds of idle seconds over client seconds."
-    )
+    ) + (f" {PANEL}" if uneven else "")
     return table(header, body, caption, "sortable dense")
 
 

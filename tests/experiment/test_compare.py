@@ -696,3 +696,12 @@ def test_what_a_policy_brings_along_is_not_named_beside_it():
         [run("sucb"), run("e_ucb", **own), run("sucb", exploration=0.5, discount=0.9), run("sucb", arms="absolute")]
     )
     assert groups[1].label == "fedspine (control.policy=e_ucb)"
+
+
+def test_where_devices_were_cut_unlike_the_consensus_stands_beside_the_panel():
+    runs = [hand_run("fedlora", 0, [10], [0.9]), hand_run("fedspine", 0, [10], [0.8], ratio=0.5)]
+    text = compare(runs).as_text()
+    assert text.splitlines()[0].split()[4] == "consensus"
+    assert "0.675" in next(line for line in text.splitlines() if line.startswith("fedspine"))
+    assert "Consensus: one model cut to the fleet-mean ratio" in text
+    assert "onsensus" not in compare(runs[:1]).as_text()
