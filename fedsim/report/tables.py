@@ -42,7 +42,7 @@ def summary_table(comparison: Comparison) -> str:
     header += [] if target is None else ["final accuracy" + (", SURROGATE" if comparison.is_surrogate else "")]
     header += [] if target is None else [f"points over {comparison.baseline}"]
     uneven = target is not None and devices_differ(rows)
-    header += ["consensus accuracy"] if uneven else []
+    header += ["consensus"] if uneven else []
     header += ["sparsity (devices)", "total, simulated s", "idle"]
     header += [] if comparison.fastest_class is None else [f"idle of {comparison.fastest_class}"]
     unequal, lossy = columns_in_need(rows)
