@@ -16,6 +16,10 @@ def resource_folder(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+MODELS = ("tiny", "tiny-decoder")
+"""Models that travel with the package, by the name of their folder: an encoder and a language model."""
+
+
 def asset_folder(name: str) -> Path:
     """Folder ``fedsim/assets/<name>``."""
     return _PACKAGE / "assets" / name

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import ModelError, nearest
-from fedsim.resources import asset_folder
+from fedsim.resources import MODELS, asset_folder
 from fedsim.structure import Architecture, ModelShape
 
 _BERT = (30522, 512)
@@ -59,7 +59,7 @@ def load_shape(name: str, labels: int = 2) -> ModelShape:
     """The widths of a model. The built-in LLaMA shapes have output weights of their own (untied), as published.
 
     Args:
-        name: a built-in shape; ``tiny`` (the model that travels with the package); a local folder with a
+        name: a built-in shape; ``tiny`` or ``tiny-decoder`` (they travel with the package); a local folder with a
             ``config.json`` of ``model_type`` bert, roberta or llama; or else a hub name.
         labels: outputs of the classifier; 0: none, the model predicts tokens (LLaMA type only).
     Raises:
@@ -79,15 +79,15 @@ def load_shape(name: str, labels: int = 2) -> ModelShape:
 def _find_shape(name: str, labels: int) -> ModelShape:
     if name in _BUILT_IN:
         return replace(_BUILT_IN[name], labels=labels)
-    if name == "tiny":
-        return _read_shape(asset_folder("tiny") / "config.json", name, labels)
+    if name in MODELS:
+        return _read_shape(asset_folder(name) / "config.json", name, labels)
     if Path(name).expanduser().is_dir():
         return _read_shape(Path(name).expanduser() / "config.json", name, labels)
     return _read_shape(_hub_config(name), name, labels)
 
 
 def _hub_config(name: str) -> Path:
-    options = (*_BUILT_IN, "tiny")
+    options = (*_BUILT_IN, *MODELS)
     advice = f"allowed: a built-in shape ({', '.join(options)}), a local folder with a config.json, or a hub name"
     if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name.strip():
         raise ModelError(f"model '{name}' is not a folder ({advice})")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedsim.data import hub
 from fedsim.data.records import Corpus, LabelledText
-from fedsim.data.synthetic import synthetic_corpus
+from fedsim.data.synthetic import completions_corpus, synthetic_corpus
 from fedsim.data.tables import Column, Source, read_columns
 from fedsim.errors import DataError
 from fedsim.rng import Stream, generator
@@ -22,12 +22,10 @@ __all__ = ["Corpus", "LabelledText", "load_corpus"]
 Fault = Callable[[str, int], DataError]
 ONE_CATEGORY = "all"
 """Category of every prompt where ``data.field`` names no column of categories."""
+COMPLETIONS = "completions"
+"""``data.name`` of the built-in sentences to be completed by a language model."""
 _HELD_OUT_PARTS = 5
 """One row in this many is held out where there is no test file."""
-
-
-ONE_CATEGORY = "all"
-"""Name of the category of every prompt where ``data.field`` names no column of categories."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,8 @@ def _check_responses(settings: DataSettings) -> None:
     """Refuse settings that no prompts and responses can come from."""
     if settings.path is None and settings.name in (None, "synthetic"):
         raise DataError(
-            "data.task 'causal_lm' needs data.path (or a hub name): the built-in text 'synthetic' has no responses"
+            "data.task 'causal_lm' needs data.path (or a hub name): the built-in text 'synthetic' has no responses "
+            f"('{COMPLETIONS}' has)"
         )
     columns = {"data.text": settings.text, "data.pair": settings.pair, "data.label": settings.label}
     for key in ("data.text", "data.pair"):
@@ -230,8 +229,9 @@ def load_corpus(settings: DataSettings, seed: int) -> Corpus:
     """The corpus that `settings` describes; a function of the arguments and of the files' content.
 
     ``data.path`` reads TSV, CSV or JSONL, plain or gzipped; ``data.name`` is ``synthetic`` (the default where neither
-    is given) or a hub name. Without a test file (or a public test split) a seeded fifth of each label's rows
-    is held out. ``max_samples`` keeps that many training rows, chosen by the seed, in their order in the file.
+    is given), ``completions`` (its sentences for a language model to complete) or a hub name. Without a test file (or a
+    public test split) a seeded fifth of each label's rows is held out. ``max_samples`` keeps that many training rows,
+    chosen by the seed, in their order in the file.
 
     With ``data.task: causal_lm`` the column ``text`` holds prompts, ``pair`` (if given) further prompt text that may be
     empty, and ``label`` the responses; ``field`` gives the categories that stand in for labels when data is held out or
@@ -244,6 +244,10 @@ def load_corpus(settings: DataSettings, seed: int) -> Corpus:
         raise DataError(f"data.name '{settings.name}' and data.path '{settings.path}' are both given: keep one of them")
     if settings.test_path is not None and settings.path is None:
         raise DataError(f"data.test_path '{settings.test_path}' needs data.path beside it")
+    if settings.name == COMPLETIONS and settings.task != "causal_lm":
+        raise DataError(f"data.name '{COMPLETIONS}' holds prompts and responses: give data.task causal_lm")
+    if settings.name == COMPLETIONS:
+        return completions_corpus(settings, seed)
     if settings.task == "causal_lm":
         _check_responses(settings)
     if settings.path is not None:

@@ -230,3 +230,24 @@ def synthetic_corpus(settings: DataSettings, seed: int) -> Corpus:
         test=_labelled(generator(seed, Stream.CORPUS, 1), TEST_SENTENCES),
         label_names=LABEL_NAMES,
     )
+
+
+def completions_corpus(settings: DataSettings, seed: int) -> Corpus:
+    """The sentences of `synthetic_corpus`, to be completed: half of the words are the prompt, the rest the response.
+
+    Categories are the topics. [ours; it lets a language model's study be tried without any file]
+    """
+    whole = synthetic_corpus(settings, seed)
+    topics = tuple(sorted({*(whole.train.fields or ()), *(whole.test.fields or ())}))
+    return Corpus(_halved(whole.train, topics), _halved(whole.test, topics), topics)
+
+
+def _halved(rows: LabelledText, topics: tuple[str, ...]) -> LabelledText:
+    words = [text.split() for text in rows.texts]
+    return LabelledText(
+        texts=tuple(" ".join(row[: len(row) // 2]) for row in words),
+        pairs=None,
+        labels=np.array([topics.index(topic) for topic in rows.fields or ()], dtype=np.int64),
+        fields=rows.fields,
+        responses=tuple(" ".join(row[len(row) // 2 :]) for row in words),
+    )

