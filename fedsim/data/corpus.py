@@ -244,9 +244,9 @@ def load_corpus(settings: DataSettings, seed: int) -> Corpus:
         raise DataError(f"data.name '{settings.name}' and data.path '{settings.path}' are both given: keep one of them")
     if settings.test_path is not None and settings.path is None:
         raise DataError(f"data.test_path '{settings.test_path}' needs data.path beside it")
-    if settings.name == COMPLETIONS and settings.task != "causal_lm":
-        raise DataError(f"data.name '{COMPLETIONS}' holds prompts and responses: give data.task causal_lm")
     if settings.name == COMPLETIONS:
+        if settings.task != "causal_lm":
+            raise DataError(f"data.name '{COMPLETIONS}' holds prompts and responses: give data.task causal_lm")
         return completions_corpus(settings, seed)
     if settings.task == "causal_lm":
         _check_responses(settings)

@@ -18,6 +18,7 @@ import yaml
 
 from fedsim.errors import RunError
 from fedsim.experiment.columns import TABLES, schema_of
+from fedsim.experiment.lost import LostUpdates, lost_updates
 from fedsim.experiment.progress import seconds_text
 from fedsim.experiment.records import list_parts
 from fedsim.experiment.rundir import CONFIG, MANIFEST, PARTS, SWEEP_BOOK, read_manifest
@@ -115,33 +116,41 @@ class Run:
                 facts.append(f"perplexity {self.perplexity.dropna().iloc[-1]:.1f}")
         lost = int(rounds["dropped"].sum())
         if lost:
-            facts.append(f"{lost} of {int(rounds['participants'].sum())} updates lost{self._outcomes()}")
+            counted = lost_updates(self) or LostUpdates(int(rounds["participants"].sum()), lost, {})
+            facts.append(counted.text)
         if not self.finished:
             facts.append("unfinished")
         return f"{', '.join(facts)}: {self.path}"
 
-    def _outcomes(self) -> str:
-        """How updates were lost, such as " (late 3)"; empty where clients are not recorded."""
-        if not self.has("client_rounds"):
-            return ""
-        counts = self.client_rounds["outcome"].value_counts().drop("ok", errors="ignore")
-        return f" ({', '.join(f'{name} {count}' for name, count in sorted(counts.items()))})"
+    def outcome_counts(self) -> dict[str, int]:
+        """Jobs by how they ended, in the order of the names; of records not read so far this column alone is read.
+
+        Raises:
+            RunError: the run does not record its clients, or records missing or damaged.
+        """
+        table = self.client_rounds if "client_rounds" in vars(self) else self._columns("client_rounds", ["outcome"])
+        counts = table["outcome"].value_counts()
+        return {str(name): int(counts[name]) for name in sorted(counts.index)}
 
     def _read(self, table: str) -> pd.DataFrame:
+        return self._columns(table)
+
+    def _columns(self, table: str, only: list[str] | None = None) -> pd.DataFrame:
+        """A table from its files, or these columns `only`."""
         if not self.has(table):
             raise RunError(f"run '{self.path}' has no {table}: it ran with records.{table}: false")
+        schema = schema_of(table) if only is None else pa.schema([schema_of(table).field(name) for name in only])
         joined = self.path / f"{table}.parquet"
         parts = [joined] if self.finished else self._closed_parts(table)
         try:
-            tables = [pq.read_table(path).cast(schema_of(table)) for path in parts]
+            tables = [pq.read_table(path, columns=only).cast(schema) for path in parts]
         except FileNotFoundError as error:
             raise RunError(
                 f"records file '{error.filename or joined}' of run '{self.path}' is missing: {_AFRESH}"
             ) from None
         except (pa.ArrowInvalid, ValueError) as error:
             raise RunError(f"records '{table}' of run '{self.path}' are damaged ({error}): {_AFRESH}") from None
-        whole = pa.concat_tables(tables) if tables else schema_of(table).empty_table()
-        return whole.to_pandas()[[column.name for column in TABLES[table]]]
+        return (pa.concat_tables(tables) if tables else schema.empty_table()).to_pandas()
 
     def _closed_parts(self, table: str) -> list[Path]:
         """Parts of rounds that every table has: a run stopped while closing a part holds only some of its tables."""
