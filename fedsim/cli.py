@@ -167,10 +167,10 @@ def _write_speedups(comparison: Comparison, out: Path) -> list[Path]:
     from fedsim.plots.summary import draw_speedups
     from fedsim.plots.summary_frames import speedups
 
-    of, written = comparison.speedup_of_text(), list[Path]()
+    written = list[Path]()
     draw_speedups(
         speedups(comparison),
-        of + (" (provisional)" if comparison.target_is_provisional else ""),
+        comparison.speedup_title(),
         comparison.baseline,
         comparison.clock,
         SURROGATE if comparison.is_surrogate else None,

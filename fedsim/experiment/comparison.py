@@ -82,6 +82,10 @@ class Comparison:
             return f"time to accuracy {self.target_accuracy:.4g}"
         return "total simulated time" if self.speedup_of == "simulated_s" else "mean simulated time of a round"
 
+    def speedup_title(self) -> str:
+        """`speedup_of_text` for a figure: it says so where the target may still move."""
+        return self.speedup_of_text() + (" (provisional)" if self.target_is_provisional else "")
+
     def as_text(self) -> str:
         """Aligned table with units in its header, rows by sparsity, and everything a reader must know below it."""
         return _text(self)

@@ -67,9 +67,8 @@ def _summary_figures(material: Material) -> str:
     # Two of a kind stand side by side; a third, or one alone, fills the page.
     first, others = Sketchbook(wide=not accuracy or perplexity), Sketchbook(wide=not speedup and not perplexity)
     if speedup:
-        of = comparison.speedup_of_text() + (" (provisional)" if comparison.target_is_provisional else "")
-        frame = summary_frames.speedups(comparison)
-        summary_plots.draw_speedups(frame, of, comparison.baseline, comparison.clock, material.mark, first)
+        frame, title = summary_frames.speedups(comparison), comparison.speedup_title()
+        summary_plots.draw_speedups(frame, title, comparison.baseline, comparison.clock, material.mark, first)
     if accuracy:
         figures.draw_accuracy(shown, text, material.mark, others, material.looks)
     if perplexity:
