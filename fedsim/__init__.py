@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedsim.experiment.export import export_run
-    from fedsim.experiment.results import Run, load
-    from fedsim.experiment.run import run
-    from fedsim.learn.export import load_exported
+    from fedsim.learn.export.exported import load_exported
     from fedsim.methods.base import Method
     from fedsim.methods.catalogue import register_method
+    from fedsim.records.reader import Run, load
+    from fedsim.runner.run import run
+    from fedsim.study.export_run import export_run
     from fedsim.sweeps.sweep import Sweep, load_sweep, sweep
 
 __all__ = [
@@ -32,14 +32,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "run": "fedsim.experiment.run",
-    "load": "fedsim.experiment.results",
-    "Run": "fedsim.experiment.results",
+    "run": "fedsim.runner.run",
+    "load": "fedsim.records.reader",
+    "Run": "fedsim.records.reader",
     "sweep": "fedsim.sweeps.sweep",
     "load_sweep": "fedsim.sweeps.sweep",
     "Sweep": "fedsim.sweeps.sweep",
-    "export_run": "fedsim.experiment.export",
-    "load_exported": "fedsim.learn.export",
+    "export_run": "fedsim.study.export_run",
+    "load_exported": "fedsim.learn.export.exported",
     "Method": "fedsim.methods.base",
     "register_method": "fedsim.methods.catalogue",
 }

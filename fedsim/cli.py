@@ -18,7 +18,7 @@ from fedsim.errors import FedsimError
 from fedsim.parser import Action, make_parser
 
 if TYPE_CHECKING:
-    from fedsim.experiment.comparison import Comparison
+    from fedsim.study.comparison import Comparison
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
 def _import_own(arguments: argparse.Namespace) -> None:
     """Import what ``--import`` names; a sweep does so itself, as its cells' processes must too."""
     if arguments.imports:
-        from fedsim.sweeps.host import import_user_modules
+        from fedsim.sweeps.fork_host import import_user_modules
 
         import_user_modules(arguments.imports)
 
@@ -89,7 +89,7 @@ def _version() -> str:
 
 def _run(arguments: argparse.Namespace) -> None:
     from fedsim.errors import ConfigError
-    from fedsim.experiment.config import parse_overrides
+    from fedsim.runner.config import parse_overrides
 
     overrides = parse_overrides(arguments.overrides)
     draws = arguments.profile_error
@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--profile-error: value {draws} is not allowed (at least 1)")
     if not arguments.quiet:
         print("fedsim: reading the configuration", file=sys.stderr, flush=True)
-    from fedsim.experiment.run import default_directory, run
+    from fedsim.runner.run import default_directory, run
 
     _import_own(arguments)
     out = arguments.out or default_directory(arguments.config, overrides)
@@ -112,8 +112,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    from fedsim.experiment.config import parse_overrides
-    from fedsim.sweeps.grid import parse_grid
+    from fedsim.runner.config import parse_overrides
+    from fedsim.sweeps.cells import parse_grid
     from fedsim.sweeps.sweep import sweep
 
     try:
@@ -138,9 +138,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from fedsim.experiment.choose import choose_runs
-    from fedsim.experiment.compare import compare
-    from fedsim.experiment.results import find_runs
+    from fedsim.records.reader import find_runs
+    from fedsim.study.choose import choose_runs
+    from fedsim.study.compare import compare
     from fedsim.sweeps.notes import sweep_notes
 
     _import_own(arguments)
@@ -190,7 +190,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _fit_surrogate(arguments: argparse.Namespace) -> None:
-    from fedsim.experiment.fit_surrogate import fit_surrogate, fit_text
+    from fedsim.study.fit_surrogate import fit_surrogate, fit_text
 
     _import_own(arguments)
     print(fit_text(fit_surrogate(arguments.run, arguments.out)))
@@ -198,7 +198,7 @@ def _fit_surrogate(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from fedsim.experiment.export import check_export, export_run
+    from fedsim.study.export_run import check_export, export_run
 
     _import_own(arguments)
     run, _ = check_export(arguments.run, arguments.out, arguments.device, arguments.consensus, arguments.format)
@@ -215,8 +215,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    from fedsim.bench.all_sections import bench
     from fedsim.bench.options import Options
-    from fedsim.bench.run import bench
     from fedsim.bench.text import report_text
 
     options = Options(

@@ -1,7 +1,7 @@
 """The settings of a run: one frozen record per section of the configuration file.
 
 These records are the contract of the configuration: names, types, ranges and defaults stand here and nowhere else.
-Reading YAML, applying overrides and method defaults, and checks across sections are in `fedsim.experiment.config`.
+Reading YAML, applying overrides and method defaults, and checks across sections are in `fedsim.runner.config`.
 Symbols of the paper (FedSpine, arXiv 2501.02438): tau is ``train.local_steps``, lambda ``control.discount``,
 s ``control.exploration``, delta ``control.split``.
 """

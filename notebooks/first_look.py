@@ -17,8 +17,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from fedsim.errors import FedsimError
-from fedsim.experiment.compare import compare
-from fedsim.experiment.results import find_runs
+from fedsim.records.reader import find_runs
+from fedsim.study.compare import compare
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "runs/quickstart")
 try:

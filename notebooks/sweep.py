@@ -20,9 +20,6 @@ import pandas as pd
 
 from fedsim import load_sweep
 from fedsim.errors import FedsimError
-from fedsim.experiment.belonging import Group, group_runs
-from fedsim.experiment.compare import compare
-from fedsim.experiment.regret import regret
 from fedsim.plots.choice import (
     bare_text,
     first_rule,
@@ -32,12 +29,15 @@ from fedsim.plots.choice import (
     shown_by_regret,
     shown_first,
 )
+from fedsim.plots.controllers import draw_cumulative_regret, summary
 from fedsim.plots.figures import draw_accuracy, mark_of
 from fedsim.plots.frames import has_accuracy
-from fedsim.plots.regret import draw_cumulative_regret, summary
 from fedsim.plots.style import canvas, caption, columns_that_fit, legend_in, save, styles, wrapped
 from fedsim.plots.summary import draw_speedups
 from fedsim.plots.summary_frames import speedups
+from fedsim.study.belonging import Group, group_runs
+from fedsim.study.compare import compare
+from fedsim.study.regret import regret
 from fedsim.sweeps.notes import sweep_notes
 
 # %% [markdown]

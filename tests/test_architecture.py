@@ -20,21 +20,29 @@ LEVELS = {
     "resources": 0,
     "structure": 0,
     "settings": 0,
-    "specs": 1,
-    "cost": 2,
-    "control": 2,
-    "data": 2,
-    "sim": 3,
-    "learn": 3,
-    "methods": 4,
-    "experiment": 5,
-    "plots": 6,
-    "sweeps": 6,
-    "report": 7,
-    "bench": 6,
+    "text": 0,
+    "contracts": 1,
+    "files": 1,
     "parser": 1,
-    "cli": 8,
-    "__main__": 9,
+    "state": 2,
+    "families": 2,
+    "cost": 3,
+    "control": 3,
+    "data": 3,
+    "fleet": 4,
+    "learn": 5,
+    "sim": 5,
+    "methods": 6,
+    "federation": 7,
+    "records": 7,
+    "runner": 8,
+    "study": 9,
+    "plots": 10,
+    "sweeps": 10,
+    "bench": 10,
+    "report": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 OWNERS = {
     "simpy": {"sim"},
@@ -121,5 +129,5 @@ def _timed(command: list[str]) -> float:
 
 def test_timing_only_parts_load_no_torch():
     """A run that trains nothing must not pay for torch."""
-    code = "import sys, fedsim.experiment.run; print('torch' in sys.modules)"
+    code = "import sys, fedsim.runner.run; print('torch' in sys.modules)"
     assert run_python(code).strip() == "False"

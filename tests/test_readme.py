@@ -9,9 +9,9 @@ import pytest
 
 import fedsim
 from fedsim.cli import _parser
-from fedsim.experiment.columns import glossary_markdown
-from fedsim.experiment.reference import settings_markdown
 from fedsim.methods.catalogue import METHODS
+from fedsim.records.columns import glossary_markdown
+from fedsim.runner.key_table import settings_markdown
 
 ROOT = Path(fedsim.__file__).parent.parent
 README = ROOT / "README.md"

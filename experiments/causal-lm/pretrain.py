@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedsim.data.corpus import load_corpus
 from fedsim.data.tables import Source, read_columns
-from fedsim.experiment.config import load_config
+from fedsim.runner.config import load_config
 
 SEED = 0
 VOCABULARY = 3_000

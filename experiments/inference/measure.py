@@ -20,7 +20,7 @@ import torch
 
 import fedsim
 from fedsim.errors import FedsimError
-from fedsim.learn.export import Exported, load_exported
+from fedsim.learn.export.exported import Exported, load_exported
 
 BATCHES = 8
 

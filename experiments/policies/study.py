@@ -6,7 +6,7 @@
 Prints total simulated seconds, idle share of the last 20 rounds (fleet mean, and of the fastest class), and how far
 `balanced` stays behind `oracle`: its round time over the oracle's from ten rounds after pruning begins, leaving out the
 two rounds after each re-drawing of power modes; and the regret of each policy against the oracle at its own mean ratio
-(`fedsim.experiment.regret`). Writes the table as CSV, and with ``--figures`` regret and arms over time of each fleet.
+(`fedsim.study.regret`). Writes the table as CSV, and with ``--figures`` regret and arms over time of each fleet.
 All of it is a reconstruction: the paper states neither its bandit's constants nor its testbed's link speeds.
 """
 
@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 
 import fedsim
-from fedsim.experiment.regret import regret
 from fedsim.plots import write_regret_figures
+from fedsim.study.regret import regret
 
 BASE = Path(__file__).with_name("base.yaml")
 FLEETS = ("fedspine-80", "fedspine-80-modes")

@@ -12,14 +12,15 @@ import numpy as np
 
 from fedsim.bench.measure import Check, Findings, Row, Target
 from fedsim.bench.options import Options
+from fedsim.contracts.common import IntArray
+from fedsim.contracts.control import Arms, Feedback, RoundContext, Work
 from fedsim.control.sucb import SUcb
 from fedsim.cost.shapes import load_shape
-from fedsim.experiment.build import build
-from fedsim.experiment.config import build_config
 from fedsim.rng import Stream, uniforms
+from fedsim.runner.build import build
+from fedsim.runner.config import build_config
 from fedsim.settings import ControlSettings
 from fedsim.sim.server import simulate
-from fedsim.specs import Arms, Feedback, IntArray, RoundContext, Work
 from fedsim.structure import Structure
 
 _RANKS = np.array([2, 4, 8, 16, 32])
@@ -137,8 +138,8 @@ def _held_bytes(clients: int) -> int:
 
 def _store_bytes(clients: int) -> tuple[float, str]:
     """Bytes a client in the learner's store, as Python and NumPy count it, and the case's name."""
-    from fedsim.learn.importance import GroupScores  # torch
     from fedsim.learn.store import ClientStore
+    from fedsim.learn.train.importance import GroupScores  # torch
 
     shape = load_shape("roberta-base", 2)
     draw = np.random.default_rng(0)

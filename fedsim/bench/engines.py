@@ -15,7 +15,7 @@ from fedsim.cost.shapes import load_shape
 
 if TYPE_CHECKING:
     from fedsim.learn.bench.case import EngineCase
-    from fedsim.learn.bench.engines import EngineBench
+    from fedsim.learn.bench.contenders import EngineBench
 
 _UNIT = "client-rounds/s"
 _FP32_LIMIT = 1e-2
@@ -72,7 +72,7 @@ def measure_chunks(options: Options, say: Callable[[str], None]) -> Findings:
 
 
 def _measure(plan: Plan, options: Options) -> Findings:
-    from fedsim.learn.bench.engines import EngineBench, peak_card_bytes
+    from fedsim.learn.bench.contenders import EngineBench, peak_card_bytes
 
     case, name = plan.case, plan.case.name
     bench = EngineBench(case, options.torch_device)
@@ -190,7 +190,7 @@ def _bound_rows(plan: Plan, seconds: Mapping[str, Turns], options: Options) -> l
 
 
 def _measure_chunks(case: EngineCase, sizes: tuple[int, ...], options: Options) -> Findings:
-    from fedsim.learn.bench.engines import EngineBench
+    from fedsim.learn.bench.contenders import EngineBench
 
     bench = EngineBench(case, options.torch_device)
     engine = bench.engine("sliced")
@@ -235,7 +235,7 @@ def _plans(options: Options, folder: Path) -> list[Plan | Skipped]:
     if options.torch_device == "cuda":
         return _card_plans(options, folder)
     from fedsim.learn.bench.case import EngineCase
-    from fedsim.learn.bench.engines import has_minilm
+    from fedsim.learn.bench.contenders import has_minilm
 
     if options.is_quick:
         qv = EngineCase("tiny, query and value", "tiny", 4, _QV, 2, 4, 16)
@@ -291,7 +291,7 @@ def _card_plans(options: Options, folder: Path) -> list[Plan | Skipped]:
 
 def _chunk_cases(options: Options) -> list[tuple[EngineCase, tuple[int, ...]]]:
     from fedsim.learn.bench.case import EngineCase
-    from fedsim.learn.bench.engines import has_minilm
+    from fedsim.learn.bench.contenders import has_minilm
 
     if options.is_quick:
         return [(EngineCase("tiny, query and value", "tiny", 4, _QV, 2, 4, 16), (1, 4))]

@@ -15,15 +15,17 @@ import numpy as np
 
 from fedsim.bench.measure import BenchError, Check, Findings, Row, Skipped, Target, in_turn, rate_row
 from fedsim.bench.options import Options
-from fedsim.experiment.build import build
-from fedsim.experiment.config import build_config
-from fedsim.experiment.run import run
+from fedsim.contracts.common import IntArray
+from fedsim.contracts.control import Work
+from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+from fedsim.fleet.fleet import Fleet, load_fleet
+from fedsim.runner.build import build
+from fedsim.runner.config import build_config
+from fedsim.runner.run import run
 from fedsim.settings import Config, FleetSettings, ServerSettings
-from fedsim.sim.bench import play_bare_timeouts
-from fedsim.sim.fleet import Fleet, load_fleet
+from fedsim.sim.bare import play_bare_timeouts
 from fedsim.sim.server import simulate
 from fedsim.sim.timeline import PHASES
-from fedsim.specs import IntArray, RoundLearning, RoundPlan, RoundReport, Work
 
 _METHODS = {"uniform": "fedspine_uniform", "S-UCB": "fedspine", "balanced": "fedspine_balanced"}
 _RATES = {"uniform": 100_000.0, "S-UCB": 60_000.0, "balanced": 60_000.0}
@@ -34,7 +36,7 @@ _LARGE_LIMITS = (60.0, 2.0e9)
 
 
 class _SamePlan:
-    """Implements `fedsim.specs.Strategy`: the same work for everybody, nothing learned."""
+    """Implements `fedsim.contracts.flights.Strategy`: the same work for everybody, nothing learned."""
 
     def open_round(self, round_index: int, clients: IntArray) -> RoundPlan:
         """Jobs of a second or so."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from fedsim.bench.all_sections import Report
 from fedsim.bench.measure import Row, Target
-from fedsim.bench.run import Report
 
 _HEADINGS = {
     "engines": "engines: client-rounds per second; ratios are over the faster plain PEFT loop, turn by turn,\n"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.contracts.control import RoundContext
 from fedsim.control.recentre import recentre
 from fedsim.settings import ControlSettings
-from fedsim.specs import FloatArray, IntArray, RoundContext
 
 OFFSET_SPAN = 0.2
 """Largest deviation from the schedule that an offset arm asks for [ours]. At a fleet mean of 0.5 it levels devices

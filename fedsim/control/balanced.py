@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.control.checkpoint import take
+from fedsim.contracts.common import FloatArray, IntArray, State
+from fedsim.contracts.control import Arms, Ask, ExpectedTime, Feedback, RoundContext, Work
 from fedsim.control.solver import level
-from fedsim.control.timing import TimeModel
-from fedsim.specs import Arms, Ask, ExpectedTime, Feedback, FloatArray, IntArray, RoundContext, State, Work
+from fedsim.control.time_model import TimeModel
+from fedsim.state import take
 
 PROBE_ROUNDS = 4
 """Warm-up rounds in which a device's rank is varied, so that the price of traffic shows."""

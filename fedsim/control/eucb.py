@@ -22,11 +22,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.contracts.common import IntArray, State
+from fedsim.contracts.control import Arms, Feedback, RoundContext
 from fedsim.control.armspace import BLOCK, best_bound, cut_point, doubled, feasible_interval, ratio_at
-from fedsim.control.checkpoint import take
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
-from fedsim.specs import Arms, Feedback, IntArray, RoundContext, State
+from fedsim.state import take
 
 _FIRST_REGIONS = 4
 

@@ -3,18 +3,19 @@
 Source: the discounted UCB of Garivier and Moulines (arXiv 0805.3415): the arm with the largest
 S/N + s sqrt(ln n / N), N and S discounted by lambda at every play, n the sum of N; an untried arm first, ties drawn.
 Their 2 B sqrt(xi) is ``control.exploration`` here: sqrt 2 for B = 1 and xi = 1/2; by default S-UCB's 0.2, so that
-the two differ in the grid alone [ours]. The grid is `fedsim.control.grid`'s, and n counts playable arms only [ours].
+the two differ in the grid alone [ours]. The grid is `fedsim.control.arm_grid`'s, and n counts playable arms only
+[ours].
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.control.arm_grid import GridBandit
 from fedsim.control.armspace import best_bound
-from fedsim.control.grid import GridBandit
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
-from fedsim.specs import FloatArray, IntArray
 
 
 def d_ucb_grid(settings: ControlSettings, *, clients: int, ranks: IntArray, seed: int) -> GridBandit:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsim.contracts.common import IntArray, State
+from fedsim.contracts.control import Arms, Ask, ExpectedTime, Feedback, Policy, RoundContext
 from fedsim.control.balanced import Balanced, Oracle
 from fedsim.control.eucb import EUcb
 from fedsim.control.grid_ucb import d_ucb_grid
@@ -18,7 +20,6 @@ from fedsim.control.thompson import thompson
 from fedsim.errors import ConfigError, unknown
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
-from fedsim.specs import Arms, Ask, ExpectedTime, Feedback, IntArray, Policy, RoundContext, State
 
 __all__ = [
     "POLICIES",

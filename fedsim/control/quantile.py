@@ -6,8 +6,8 @@ from math import isqrt
 
 import numpy as np
 
-from fedsim.control.checkpoint import take
-from fedsim.specs import FloatArray, State
+from fedsim.contracts.common import FloatArray, State
+from fedsim.state import take
 
 _LEAST_TURNS = 8
 """A bracket reaches at least this many times `turnover` to each side, so that it lasts for some rounds,"""

@@ -1,8 +1,9 @@
 """Ranks that grow where the adapter matters most: APT's adaptive tuning (arXiv 2401.12200), device by device.
 
 APT raises the ranks of the more salient half of a model's adapters as its budget of tuned parameters grows. Here every
-Linear of a device has one rank (`fedsim.learn.adapter`), so it is the devices that are compared: among those with a
-salience in the upper half of the participants', the most salient go up one rank on offer, as far as the budget allows.
+Linear of a device has one rank (`fedsim.learn.model.adapter`), so it is the devices that are compared: among those with
+a salience in the upper half of the participants', the most salient go up one rank on offer, as far as the budget
+allows.
 
 Unspecified in the source; we chose: the salience is the reward's importance term, mean |B * grad B| over the round's
 largest (the method sets ``reward.weights`` so that it is all of the reward); the budget is the participants' mean place
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.control.checkpoint import take
-from fedsim.specs import Arms, Feedback, FloatArray, IntArray, RoundContext, State
+from fedsim.contracts.common import FloatArray, IntArray, State
+from fedsim.contracts.control import Arms, Feedback, RoundContext
+from fedsim.state import take
 
 FINAL_SHARE = 0.5
 """How far up the ladder the mean goes."""

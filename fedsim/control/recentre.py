@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fedsim.specs import FloatArray
+from fedsim.contracts.common import FloatArray
 
 _BISECTIONS = 200
 _TOLERANCE = 1e-13

@@ -20,9 +20,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedsim.contracts.common import FloatArray, State
 from fedsim.control.quantile import RunningQuantile
 from fedsim.settings import RewardSettings
-from fedsim.specs import FloatArray, State
 
 _QUANTILE = 0.9
 _WINDOW_ROUNDS = 8

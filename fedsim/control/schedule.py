@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedsim.contracts.common import FloatArray
 from fedsim.settings import PruneSettings
-from fedsim.specs import FloatArray
 
 _LEAST_STEP_MAX = 0.05
 _STEP_MARGIN = 1.5

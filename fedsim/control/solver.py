@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.contracts.control import Arms, Ask, RoundContext, Work
 from fedsim.control.recentre import recentre
-from fedsim.specs import Arms, Ask, FloatArray, IntArray, RoundContext, Work
 
 Times = Callable[[IntArray, Work], FloatArray]
 """Seconds of jobs: client ids (P,), work (P,), (P, K) or (1, K) for all alike -> (P,) or (P, K)."""

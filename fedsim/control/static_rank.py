@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.specs import Arms, Feedback, IntArray, RoundContext, State
+from fedsim.contracts.common import IntArray, State
+from fedsim.contracts.control import Arms, Feedback, RoundContext
 
 
 class StaticRank:

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.contracts.common import FloatArray, IntArray, State
+from fedsim.contracts.control import Arms, Feedback, RoundContext
 from fedsim.control.armspace import BLOCK as _BLOCK
 from fedsim.control.armspace import (
     LEAST_CHILD_SHARE,
@@ -34,10 +36,9 @@ from fedsim.control.armspace import (
     feasible_interval,
     ratio_at,
 )
-from fedsim.control.checkpoint import take
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
-from fedsim.specs import Arms, Feedback, FloatArray, IntArray, RoundContext, State
+from fedsim.state import take
 
 __all__ = ["LEAST_CHILD_SHARE", "NEVER_PLAYED", "OFFSET_SPAN", "SUcb"]
 

@@ -7,17 +7,17 @@ draws a value from a normal distribution around its discounted mean, and the lar
     draw ~ Normal((S + PRIOR_MEAN) / (N + 1), s^2 / (N + 1))
 
 with N and S discounted by lambda (``control.discount``), and s (``control.exploration``) the deviation that one reward
-is thought to have. The grid is `fedsim.control.grid`'s.
+is thought to have. The grid is `fedsim.control.arm_grid`'s.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from fedsim.control.grid import GridBandit
+from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.control.arm_grid import GridBandit
 from fedsim.rng import Stream, normals
 from fedsim.settings import ControlSettings
-from fedsim.specs import FloatArray, IntArray
 
 PRIOR_MEAN = 0.5
 """What an arm is thought to bring before it was played: the middle of the rewards."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from fedsim.specs import Arms, Feedback, Policy, RoundContext, State
+from fedsim.contracts.common import State
+from fedsim.contracts.control import Arms, Feedback, Policy, RoundContext
 
 
 class TimedPolicy:

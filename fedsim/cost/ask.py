@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.contracts.control import Work
 from fedsim.cost.workload import (
     TRAINED_BYTES,
     KeptSums,
@@ -29,7 +31,6 @@ from fedsim.cost.workload import (
     work_of_sums,
 )
 from fedsim.errors import ConfigError
-from fedsim.specs import FloatArray, IntArray, Work
 from fedsim.structure import ModelShape, kept_counts
 
 
@@ -133,7 +134,7 @@ class _Prices:
 
 
 class ShapeAsk:
-    """Work of every arm, from shapes alone (implements `fedsim.specs.Ask`).
+    """Work of every arm, from shapes alone (implements `fedsim.contracts.control.Ask`).
 
     Args:
         learner_shape: the model that is really tuned.

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from fedsim.contracts.common import FloatArray
 from fedsim.cost.describe import table
 from fedsim.cost.device import DeviceProfile, load_profile, peak_flops_per_s, rates_of
 from fedsim.cost.estimate import compute_time, estimate_step
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting, kept_sums, memory_parts, step_work
 from fedsim.errors import DataError, FedsimError
-from fedsim.specs import FloatArray
 
 FITTED_DEPTHS_UP_TO = 10
 """Depth 12 also trains the embeddings, which the published loop does in a way we do not know: it checks the fit."""

@@ -17,11 +17,11 @@ from typing import Any, get_args
 import numpy as np
 import yaml
 
+from fedsim.contracts.common import FloatArray
 from fedsim.cost.units import Status, si_factor, units_of
 from fedsim.cost.workload import BYTES_PER_VALUE, Precision
 from fedsim.errors import ProfileError, unknown
 from fedsim.resources import resource_folder
-from fedsim.specs import FloatArray
 
 # The same safe loader in C where PyYAML was built with it: ten times faster.
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

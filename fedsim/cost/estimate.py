@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from fedsim.contracts.common import FloatArray
 from fedsim.cost.device import DeviceProfile, Rates, load_profile, rates_of
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import (
@@ -24,12 +25,11 @@ from fedsim.cost.workload import (
     tuned_weights,
 )
 from fedsim.errors import ConfigError, ProfileError
-from fedsim.specs import FloatArray
 from fedsim.structure import ModelShape, kept_counts, largest_ratio
 
 
 class ComputeWork(Protocol):
-    """What `compute_time` reads: of `fedsim.specs.Work` and of `fedsim.cost.workload.StepWork`."""
+    """What `compute_time` reads: of `fedsim.contracts.control.Work` and of `fedsim.cost.workload.StepWork`."""
 
     @property
     def flops(self) -> FloatArray: ...

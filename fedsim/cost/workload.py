@@ -24,9 +24,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from fedsim.contracts.common import FloatArray
 from fedsim.cost.vocabulary import logits, output_work, own_output_weights, saved_logit_bytes
 from fedsim.errors import ConfigError, unknown
-from fedsim.specs import FloatArray
 from fedsim.structure import ModelShape
 
 Tuning = Literal["lora", "full", "inference"]
@@ -131,7 +131,7 @@ class StepSetting:
 
 @dataclass(frozen=True, eq=False)
 class StepWork:
-    """What one step (or one other piece of work) asks; arrays of one common shape. See `fedsim.specs.Work`."""
+    """What one step (or another piece of work) asks; arrays of one shape. See `fedsim.contracts.control.Work`."""
 
     flops: FloatArray
     memory_bytes: FloatArray

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data import hub
-from fedsim.data.records import Corpus, LabelledText
+from fedsim.data.labelled import Corpus, LabelledText
 from fedsim.data.synthetic import completions_corpus, synthetic_corpus
 from fedsim.data.tables import Column, Source, read_columns
 from fedsim.errors import DataError

@@ -10,7 +10,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.data.records import LabelledText
+from fedsim.data.labelled import LabelledText
 from fedsim.errors import DataError
 from fedsim.rng import Stream, generator
 from fedsim.settings import DataSettings

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedsim.data.records import Corpus, LabelledText
+from fedsim.data.labelled import Corpus, LabelledText
 from fedsim.rng import Stream, generator
 from fedsim.settings import DataSettings
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from fedsim.errors import ConfigError
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.backbone import Backbone
-from fedsim.learn.batches import EncodedText, eval_batches
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.memory import client_bytes, default_budget_bytes
 from fedsim.learn.cohort.plan import ChunkPlan
@@ -24,10 +21,13 @@ from fedsim.learn.cohort.scores import ESTIMATES
 from fedsim.learn.cohort.stack import Base
 from fedsim.learn.cohort.tester import CohortTester
 from fedsim.learn.cohort.trainer import CohortTrainer
-from fedsim.learn.evaluate import Tester, sentences_at_once
-from fedsim.learn.importance import Criterion
-from fedsim.learn.linears import target_linears
-from fedsim.learn.train import ClientData, Trainer, TrainRule
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.model.backbone import Backbone
+from fedsim.learn.model.linears import target_linears
+from fedsim.learn.train.batches import EncodedText, eval_batches
+from fedsim.learn.train.evaluate import Tester, sentences_at_once
+from fedsim.learn.train.importance import Criterion
+from fedsim.learn.train.jobs import ClientData, Trainer, TrainRule
 from fedsim.settings import Config
 from fedsim.structure import ModelShape
 
@@ -107,8 +107,8 @@ def make_engine(
     train, settings = config.train, config.model
     asked = chosen_engine(train.engine, rule.criterion)
     if asked == "reference":
-        from fedsim.learn.lora import LoraModel  # PEFT takes seconds to import, and only the oracle needs it
-        from fedsim.learn.reference import ReferenceTester, ReferenceTrainer
+        from fedsim.learn.model.lora import LoraModel  # PEFT takes seconds to import, and only the oracle needs it
+        from fedsim.learn.train.reference import ReferenceTester, ReferenceTrainer
 
         model = LoraModel(backbone, settings.lora_targets, settings.lora_alpha_over_rank)
         size = sentences_at_once(backbone.shape, int(test.lengths.max()))

@@ -1,6 +1,7 @@
 """The learning side of a run: the global adapter, every client's structure and scores, and the trainer behind them.
 
-Implements `fedsim.specs.Learner`. Whatever grows with clients is held only for clients that have taken part.
+Implements `fedsim.contracts.learning.Learner`. Whatever grows with clients is held only for clients that have taken
+part.
 
 Unspecified in the paper; we chose: the fleet's averaged importance is the mean over clients seen so far of each one's
 latest average; a device that may grow back takes its best-scored missing groups at dispatch, when it receives the LoRA
@@ -18,29 +19,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedsim.learn.adapter import Adapter, folded
-from fedsim.learn.aggregate import Contribution, merge
-from fedsim.learn.backbone import Backbone
+from fedsim.contracts.common import FloatArray, IntArray, KeptCounts, Outcome, State
+from fedsim.contracts.learning import Evaluation, LocalRequest, LocalRequests, LocalResults
 from fedsim.learn.engine import Engine
+from fedsim.learn.export.peft_folder import write_peft_folder
 from fedsim.learn.faults import device_faults
-from fedsim.learn.importance import Criterion, GroupScores
-from fedsim.learn.peft_folder import write_peft_folder
-from fedsim.learn.selection import grow, select
-from fedsim.learn.self_pruning import self_pruned
+from fedsim.learn.merge.rules import Contribution, merge
+from fedsim.learn.model.adapter import Adapter, folded
+from fedsim.learn.model.backbone import Backbone
 from fedsim.learn.store import ClientStore
-from fedsim.learn.train import Job, Update
+from fedsim.learn.train.importance import Criterion, GroupScores
+from fedsim.learn.train.jobs import Job, Update
+from fedsim.learn.train.selection import grow, select
+from fedsim.learn.train.self_pruning import self_pruned
 from fedsim.settings import Config
-from fedsim.specs import (
-    Evaluation,
-    FloatArray,
-    IntArray,
-    KeptCounts,
-    LocalRequest,
-    LocalRequests,
-    LocalResults,
-    Outcome,
-    State,
-)
 from fedsim.structure import Structure
 
 EVALUATION_BATCH = 64

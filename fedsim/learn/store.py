@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fedsim.learn.importance import GroupScores
-from fedsim.specs import FloatArray, State
+from fedsim.contracts.common import FloatArray, State
+from fedsim.learn.train.importance import GroupScores
 from fedsim.structure import ModelShape, Structure
 
 _BLOCK_BYTES = 1 << 20

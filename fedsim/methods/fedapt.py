@@ -2,8 +2,8 @@
 
 Source: APT, arXiv 2401.12200 (adaptive pruning and tuning of one model); FedSpine (arXiv 2501.02438) names its
 federated form as a rival without saying how it is put together. From APT: blocks are pruned by the product of summed
-|activation| and summed |gradient| (`fedsim.learn.importance`), sparsity follows a cubic schedule, and ranks grow where
-adapters are salient (`fedsim.control.rank_growth`).
+|activation| and summed |gradient| (`fedsim.learn.train.importance`), sparsity follows a cubic schedule, and ranks grow
+where adapters are salient (`fedsim.control.rank_growth`).
 
 Deviations: no self-distillation; no kurtosis term in the salience; the hidden width is not pruned, heads and channels
 are; a device has one rank for all its Linears, so that ranks grow by device, not by layer, and the rule knows the other

@@ -3,9 +3,9 @@
 Source: FLoRA, arXiv 2409.05976: stacking has no aggregation noise whatever the ranks; clients download the stack of
 all participants, merge it into their frozen weights and start from new factors.
 
-Consequences: the broadcast grows with the sum of ranks, and the clock counts it (`fedsim.methods.broadcast`, where our
-choices stand for clients that missed rounds); the server's checkpoint holds a full matrix per Linear
-(`fedsim.learn.rules_stack`). With bf16 products the merged weights are rounded to bf16; the sum itself stays in fp32.
+Consequences: the broadcast grows with the sum of ranks, and the clock counts it (`fedsim.federation.broadcast`, where
+our choices stand for clients that missed rounds); the server's checkpoint holds a full matrix per Linear
+(`fedsim.learn.merge.stacked`). With bf16 products the merged weights are rounded to bf16; the sum itself stays in fp32.
 Deviation: LoRA sits on every prunable Linear, as for all methods. Unspecified in the paper; we chose: ranks by device
 class (`fedsim.control.static_rank`), the scale c = alpha / r that all methods share.
 """

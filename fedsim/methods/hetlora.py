@@ -6,14 +6,13 @@ a client's rank; a penalty on the norms of a client's last components, those bey
 zero-padding with weights ||B_k A_k||_F.
 
 Deviations: the paper's components are judged Linear by Linear; here a client has one rank for all Linears
-(`fedsim.learn.adapter`), so that penalty and comparison are summed over them (`fedsim.learn.self_pruning`). LoRA sits
-on every prunable Linear, as for all methods. The clock prices a job at the rank with which it began: the upload of one
-that pruned itself is smaller by the dropped share, which is not counted; neither is the penalty's own arithmetic.
-Timing-only runs and
-surrogates train nothing, so that ranks stay there.
+(`fedsim.learn.model.adapter`), so that penalty and comparison are summed over them (`fedsim.learn.train.self_pruning`).
+LoRA sits on every prunable Linear, as for all methods. The clock prices a job at the rank with which it began: the
+upload of one that pruned itself is smaller by the dropped share, which is not counted; neither is the penalty's own
+arithmetic. Timing-only runs and surrogates train nothing, so that ranks stay there.
 
 Unspecified in the paper; we chose: classes and their ranks (`fedsim.control.static_rank`), gamma 0.99 and the
-penalty's weight 0.005, what pads and weights mean beside this round's ranks (`fedsim.learn.rules_padded`).
+penalty's weight 0.005, what pads and weights mean beside this round's ranks (`fedsim.learn.merge.padded`).
 """
 
 from __future__ import annotations

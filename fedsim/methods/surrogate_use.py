@@ -13,8 +13,8 @@ import numpy as np
 
 from fedsim.control.schedule import ratio_cap
 from fedsim.errors import ConfigError
+from fedsim.learn.standins.surrogate_model import SurrogateModel
 from fedsim.methods.base import Method
-from fedsim.methods.surrogate_model import SurrogateModel
 from fedsim.settings import Config
 
 DEPENDS_ON = (

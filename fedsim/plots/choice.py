@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fedsim.experiment.belonging import Group
-from fedsim.experiment.regret import Regret
+from fedsim.study.belonging import Group
+from fedsim.study.regret import Regret
 
 MOST = 12
 """Rows in one figure: as many as `fedsim.plots.style.styles` tells apart by colour."""

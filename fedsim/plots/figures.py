@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from fedsim.experiment.belonging import Group, check_together, clock_text, finished_only, group_runs
-from fedsim.experiment.results import Run
-from fedsim.experiment.rundir import writing
+from fedsim.files import writing
 from fedsim.plots import frames
 from fedsim.plots.style import (
     COLOURS,
@@ -28,6 +26,8 @@ from fedsim.plots.style import (
     whole_numbers,
     wrapped,
 )
+from fedsim.records.reader import Run
+from fedsim.study.belonging import Group, check_together, clock_text, finished_only, group_runs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import ConfigError
-from fedsim.experiment.belonging import Group, Repeat
-from fedsim.experiment.results import Run
+from fedsim.records.reader import Run
+from fedsim.study.belonging import Group, Repeat
 
 PHASES = ("wait", "download", "compute", "upload", "idle")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from fedsim.experiment.rundir import atomic_write_bytes
+from fedsim.files import atomic_write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedsim.experiment.comparison import scale
-from fedsim.experiment.critical import CAUSES
 from fedsim.plots.style import WIDTH_IN, Looks, Sink, canvas, caption, columns_that_fit, legend_in, styles, wrapped
+from fedsim.study.comparison import scale
+from fedsim.study.critical import CAUSES
 
 _HATCHES = {"compute": "", "link": "////", "wait": "...."}
 _BAR_IN = 0.34

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from fedsim.experiment.belonging import Group
-from fedsim.experiment.compare import Comparison
-from fedsim.experiment.critical import critical_path
+from fedsim.study.belonging import Group
+from fedsim.study.compare import Comparison
+from fedsim.study.critical import critical_path
 
 
 def speedups(comparison: Comparison) -> pd.DataFrame:
@@ -65,7 +65,7 @@ def structures(kept: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Kept groups per layer, over clients: ``method layer`` and, of heads and channels, mean, low, high and total.
 
     Args:
-        kept: `fedsim.experiment.structures.kept_structures` by method's label.
+        kept: `fedsim.study.structures.kept_structures` by method's label.
     """
     tables = []
     for label, table in kept.items():

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from fedsim.errors import RunError
-from fedsim.experiment.belonging import Group
-from fedsim.experiment.lost import LostUpdates, lost_updates
-from fedsim.experiment.results import Run
+from fedsim.records.lost import LostUpdates, lost_updates
+from fedsim.records.reader import Run
 from fedsim.report.html import bullets, paragraph
+from fedsim.study.belonging import Group
 
 
 def lost_box(groups: Sequence[Group]) -> str:

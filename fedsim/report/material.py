@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedsim.experiment.belonging import Group, finished_only, group_runs
-from fedsim.experiment.compare import Comparison
-from fedsim.experiment.results import Run
-from fedsim.experiment.structures import final_state
+from fedsim.contracts.common import State
 from fedsim.plots import frames
 from fedsim.plots.choice import shown_first
 from fedsim.plots.figures import mark_of
 from fedsim.plots.style import Look, styles
-from fedsim.specs import State
+from fedsim.records.reader import Run
+from fedsim.study.belonging import Group, finished_only, group_runs
+from fedsim.study.compare import Comparison
+from fedsim.study.structures import final_state
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.errors import RunError
-from fedsim.experiment.choose import choose_runs
-from fedsim.experiment.compare import Comparison, compare
-from fedsim.experiment.results import Run, find_runs
-from fedsim.experiment.reward_terms import missing_losses
-from fedsim.experiment.rundir import MANIFEST, atomic_write_text, writing
+from fedsim.files import atomic_write_text, writing
+from fedsim.records.folder import MANIFEST
+from fedsim.records.reader import Run, find_runs
 from fedsim.report import sections
 from fedsim.report.html import bullets, details, escaped, page, paragraph
 from fedsim.report.material import Material, gather
+from fedsim.study.choose import choose_runs
+from fedsim.study.compare import Comparison, compare
+from fedsim.study.reward_terms import missing_losses
 from fedsim.sweeps.notes import sweep_notes
 
 REPORT = "report.html"

@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsim.errors import FedsimError
-from fedsim.experiment.belonging import Group
-from fedsim.experiment.comparison import reached_text, target_text
-from fedsim.experiment.diagnosis import SIGNATURES, Finding, diagnose
-from fedsim.experiment.regret import Regret, regret
-from fedsim.experiment.results import Run
-from fedsim.experiment.reward_terms import missing_losses
-from fedsim.experiment.structures import kept_structures
+from fedsim.plots import controllers as regret_plots
 from fedsim.plots import figures, frames, summary_frames
-from fedsim.plots import regret as regret_plots
 from fedsim.plots import summary as summary_plots
 from fedsim.plots.choice import bare_text, first_rule, left_out_text, policy_of
-from fedsim.report import tables
+from fedsim.records.reader import Run
+from fedsim.report import page_tables as tables
 from fedsim.report.drawings import Sketchbook
 from fedsim.report.html import Section, bullets, csv_link, details, paragraph, side_by_side
 from fedsim.report.losses import lost_box
 from fedsim.report.material import Material, first_run
+from fedsim.study.belonging import Group
+from fedsim.study.comparison import reached_text, target_text
+from fedsim.study.diagnosis import SIGNATURES, Finding, diagnose
+from fedsim.study.regret import Regret, regret
+from fedsim.study.reward_terms import missing_losses
+from fedsim.study.structures import kept_structures
 
 JUDGED_ROWS = 96_000
 """Client rounds whose regret is computed, all runs together: about 4 s. The first method is judged in any case."""

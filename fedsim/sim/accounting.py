@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsim.specs import FloatArray, RoundReport
+from fedsim.contracts.common import FloatArray
+from fedsim.contracts.flights import RoundReport
 
 
 def client_seconds(report: RoundReport) -> dict[str, FloatArray]:

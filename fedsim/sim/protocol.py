@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedsim.contracts.common import IntArray
+from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
 from fedsim.errors import ConfigError
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ServerSettings
 from fedsim.sim.trace import START_HASH, TraceBlock
-from fedsim.specs import IntArray, RoundLearning, RoundPlan, RoundReport
 
 OnRound = Callable[[RoundPlan, RoundReport, RoundLearning, TraceBlock], None]
 

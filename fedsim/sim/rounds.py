@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.contracts.common import FloatArray
 from fedsim.sim.timeline import PHASES, Timeline, Trips
 from fedsim.sim.trace import Event, Trace
-from fedsim.specs import FloatArray
 
 
 class ArrayRounds:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.contracts.flights import Strategy
+from fedsim.fleet.fleet import Fleet
 from fedsim.settings import ServerSettings
 from fedsim.sim.client import ClientProcesses
-from fedsim.sim.fleet import Fleet
 from fedsim.sim.protocol import OnRound, SimState, finished, sample_clients, state_after
 from fedsim.sim.rounds import ArrayRounds
 from fedsim.sim.timeline import PHASES, Player, report_of, trips_of
 from fedsim.sim.trace import SERVER, Event, Trace
-from fedsim.specs import Strategy
 
 __all__ = ["OnRound", "SimState", "finished", "sample_clients", "simulate", "state_after"]
 

@@ -8,12 +8,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedsim.contracts.common import FloatArray, IntArray, Outcome
+from fedsim.contracts.flights import RoundPlan, RoundReport
 from fedsim.cost.device import Rates
 from fedsim.errors import ProfileError
-from fedsim.sim.fleet import Fleet
-from fedsim.sim.link import bytes_moved
+from fedsim.fleet.fleet import Fleet
+from fedsim.fleet.link import bytes_moved
 from fedsim.sim.trace import Trace
-from fedsim.specs import FloatArray, IntArray, Outcome, RoundPlan, RoundReport
 
 PHASES = 3
 """Download, compute, upload."""

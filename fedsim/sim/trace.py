@@ -13,7 +13,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from fedsim.specs import FloatArray, IntArray, Labels
+from fedsim.contracts.common import FloatArray, IntArray, Labels
 
 SERVER = -1
 """The client number of the server's own records."""

@@ -19,17 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import RunError
-from fedsim.experiment.rundir import (
-    LOCK,
-    MANIFEST,
-    SWEEP_BOOK,
-    TEMPORARY_SUFFIX,
-    atomic_write_json,
-    atomic_write_text,
-    read_manifest,
-    writing,
-)
-from fedsim.sweeps.grid import SweepPlan
+from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, writing
+from fedsim.records.folder import LOCK, MANIFEST, SWEEP_BOOK, read_manifest
+from fedsim.sweeps.cells import SweepPlan
 from fedsim.sweeps.jobs import Done
 
 BOOK = SWEEP_BOOK

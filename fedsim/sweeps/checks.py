@@ -17,7 +17,7 @@ from fedsim.data.corpus import load_corpus
 from fedsim.data.partition import partition
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.settings import Config
-from fedsim.sweeps.grid import Cell, SweepPlan, refuse
+from fedsim.sweeps.cells import Cell, SweepPlan, refuse
 
 _COUNT_CARDS = "import torch; print(torch.cuda.device_count())"
 
@@ -30,7 +30,7 @@ def check_cells(plan: SweepPlan, here: bool) -> None:
     Raises:
         ConfigError: with each reason and the combinations that it concerns.
     """
-    from fedsim.experiment.build import build  # heavy enough to come after the cheap checks
+    from fedsim.runner.build import build  # heavy enough to come after the cheap checks
 
     faults, combinations = [], plan.combinations()
     clients = {}

@@ -61,7 +61,7 @@ def run_cell(job: Job) -> Done:
     began_s = time.perf_counter()
     error = trace = summary = None
     try:
-        from fedsim.experiment.run import run
+        from fedsim.runner.run import run
 
         finished = run(job.config, out=Path(job.path), resume=True, quiet=True)
         summary = finished.summary().removesuffix(f": {finished.path}")

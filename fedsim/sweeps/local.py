@@ -1,4 +1,4 @@
-"""Cells on this computer: several processes at a time, forked by a host (`fedsim.sweeps.host`)."""
+"""Cells on this computer: several processes at a time, forked by a host (`fedsim.sweeps.fork_host`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Protocol
 
 from fedsim.errors import RunError
 from fedsim.sweeps.book import SweepBook
-from fedsim.sweeps.host import READY
+from fedsim.sweeps.fork_host import READY
 from fedsim.sweeps.jobs import Done, Job, Setup
 
-_CODE = "import sys; sys.path[:] = {path!r}; from fedsim.sweeps.host import main; main({descriptor})"
+_CODE = "import sys; sys.path[:] = {path!r}; from fedsim.sweeps.fork_host import main; main({descriptor})"
 # torch takes its number from train.threads; these keep other libraries from starting a thread per core and cell.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PATIENCE_S = 5.0

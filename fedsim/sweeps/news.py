@@ -7,9 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-from fedsim.experiment.checkpoint import saved_rounds
-from fedsim.experiment.rundir import CHECKPOINT
-from fedsim.sweeps.grid import SweepPlan
+from fedsim.records.checkpoint import saved_rounds
+from fedsim.records.folder import CHECKPOINT
+from fedsim.sweeps.cells import SweepPlan
 from fedsim.sweeps.jobs import Done
 
 SILENCE_S = 60.0

@@ -25,7 +25,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fedsim.errors import FedsimError, RunError
-from fedsim.experiment.rundir import LOCK, MANIFEST, TEMPORARY_SUFFIX, writing
+from fedsim.files import TEMPORARY_SUFFIX, writing
+from fedsim.records.folder import LOCK, MANIFEST
 from fedsim.sweeps.book import SweepBook, read_book
 from fedsim.sweeps.jobs import Done, Job, Setup
 from fedsim.sweeps.local import CellHost

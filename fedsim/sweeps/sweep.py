@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import ConfigError, RunError
-from fedsim.experiment.config import value_text
-from fedsim.experiment.results import Run, load
+from fedsim.records.reader import Run, load
+from fedsim.runner.config import value_text
 from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, error_text, open_book, read_book
+from fedsim.sweeps.cells import Grid, SweepPlan, plan_sweep
 from fedsim.sweeps.checks import check_cells
-from fedsim.sweeps.grid import Grid, SweepPlan, plan_sweep
-from fedsim.sweeps.host import import_user_modules
+from fedsim.sweeps.fork_host import import_user_modules
 from fedsim.sweeps.jobs import Job, Setup
 from fedsim.sweeps.local import LocalPool, Pool, usable_cores
 from fedsim.sweeps.news import SweepNews
@@ -79,7 +79,7 @@ def sweep(
     """Run every cell of a sweep that is not finished yet.
 
     Args:
-        config, grid, seeds, overrides, tiny: see `fedsim.sweeps.grid.plan_sweep`.
+        config, grid, seeds, overrides, tiny: see `fedsim.sweeps.cells.plan_sweep`.
         out: the sweep's folder, by default ``runs/<name>``; each cell's run directory lies in it.
         workers: cells at a time on this computer; default: its cores over the largest ``train.threads``.
         ray: address of a Ray cluster, or ``local`` for one of this computer's own; not with `workers`.

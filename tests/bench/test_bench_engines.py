@@ -15,7 +15,7 @@ from fedsim.bench.engines import _measure, _plans
 from fedsim.bench.measure import in_turn
 from fedsim.bench.options import Options
 from fedsim.learn.bench.case import EngineCase
-from fedsim.learn.bench.engines import EngineBench, has_minilm, set_threads
+from fedsim.learn.bench.contenders import EngineBench, has_minilm, set_threads
 
 TINY = EngineCase("tiny, query and value", "tiny", 16, ["query", "value"], 5, 8, 32)
 

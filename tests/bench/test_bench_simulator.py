@@ -9,10 +9,10 @@ from fedsim.bench.control import _context, _feedback, measure_memory
 from fedsim.bench.options import Options
 from fedsim.bench.simulator import _METHODS, _RATES, _timing_only, _trace_hash
 from fedsim.control.sucb import SUcb
-from fedsim.experiment.run import run
+from fedsim.fleet.fleet import load_fleet
+from fedsim.runner.run import run
 from fedsim.settings import ControlSettings, FleetSettings, ServerSettings
-from fedsim.sim.bench import play_bare_timeouts
-from fedsim.sim.fleet import load_fleet
+from fedsim.sim.bare import play_bare_timeouts
 
 CLIENTS, ROUNDS = 2_000, 5
 

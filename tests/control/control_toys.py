@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fedsim.contracts.control import Feedback, Policy, RoundContext, Work
 from fedsim.control.policies import make_policy
 from fedsim.control.schedule import cubic_ratio, default_step_max, feasible_bounds, ratio_cap
 from fedsim.rng import Stream, generator, mean_one_jitter
 from fedsim.settings import ControlSettings, PruneSettings
-from fedsim.specs import Feedback, Policy, RoundContext, Work
 
 
 class ToyAsk:

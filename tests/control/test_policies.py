@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from control_toys import ToyAsk, ToyFleet, play
 
+from fedsim.contracts.control import Feedback, Policy, RoundContext, Work
 from fedsim.control.policies import POLICIES, Uniform, make_policy
 from fedsim.errors import ConfigError, RunError
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
-from fedsim.specs import Feedback, Policy, RoundContext, Work
 
 ASK = ToyAsk()
 NAMES = sorted(POLICIES)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from control_toys import ToyAsk
 
+from fedsim.contracts.control import Feedback, RoundContext
 from fedsim.control.policies import make_policy
 from fedsim.control.reward import RewardModel
 from fedsim.settings import ControlSettings, RewardSettings
-from fedsim.specs import Feedback, RoundContext
 
 ASK = ToyAsk()
 

@@ -6,10 +6,10 @@ from control_toys import ToyAsk, ToyFleet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.contracts.control import RoundContext
 from fedsim.control.recentre import recentre
 from fedsim.control.solver import common_deadline, largest_ranks, level, ratio_grid
 from fedsim.rng import Stream, generator
-from fedsim.specs import RoundContext
 
 
 def _slow_mean(times, ratios, deadline):

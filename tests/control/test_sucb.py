@@ -6,10 +6,10 @@ from control_toys import ToyAsk, ToyFleet, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.contracts.control import Feedback, RoundContext, Work
 from fedsim.control.policies import make_policy
 from fedsim.rng import Stream, generator, uniforms
 from fedsim.settings import ControlSettings, PruneSettings
-from fedsim.specs import Feedback, RoundContext, Work
 
 RANKS = (2, 4, 8, 16, 32)
 ASK = ToyAsk(ranks=RANKS)

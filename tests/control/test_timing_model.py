@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from control_toys import ToyAsk
 
-from fedsim.control.timing import TimeModel
+from fedsim.control.time_model import TimeModel
 from fedsim.rng import Stream, generator
 
 ASK = ToyAsk()

@@ -12,7 +12,7 @@ from fedsim.cost.estimate import estimate_step
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting, kept_sums, linear_roles, lora_weights, step_work
 from fedsim.errors import ConfigError
-from fedsim.learn.linears import Role, group_width, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.model.linears import Role, group_width, kept_columns, kept_rows, prunable_linears
 from fedsim.structure import ModelShape, Structure
 
 BASE = load_shape("roberta-base")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedsim.data.corpus import load_corpus
-from fedsim.data.summary import corpus_hash
+from fedsim.data.fingerprint import corpus_hash
 from fedsim.errors import DataError
 from fedsim.settings import DataSettings
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.data.labelled import LabelledText
 from fedsim.data.partition import partition
-from fedsim.data.records import LabelledText
 from fedsim.errors import DataError
 from fedsim.settings import DataSettings
 

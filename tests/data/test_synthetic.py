@@ -7,7 +7,7 @@ from scipy.sparse import csr_matrix
 
 from fedsim.data import synthetic
 from fedsim.data.corpus import load_corpus
-from fedsim.data.summary import corpus_hash
+from fedsim.data.fingerprint import corpus_hash
 from fedsim.settings import DataSettings
 
 SETTINGS = DataSettings(name="synthetic")

@@ -11,9 +11,9 @@ from cohort_toys import SAMPLES, Toy
 from tiny_checkpoints import VOCAB, _tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedsim.learn.backbone import load_backbone
-from fedsim.learn.batches import EncodedText
-from fedsim.learn.train import ClientData
+from fedsim.learn.model.backbone import load_backbone
+from fedsim.learn.train.batches import EncodedText
+from fedsim.learn.train.jobs import ClientData
 from fedsim.settings import ModelSettings
 
 

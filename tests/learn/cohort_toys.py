@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from tiny_checkpoints import VOCAB
 
-from fedsim.learn.adapter import Adapter, initial_adapter
-from fedsim.learn.backbone import Backbone, load_backbone
-from fedsim.learn.batches import EncodedText
+from fedsim.contracts.learning import LocalRequest
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.plan import ChunkPlan
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
 from fedsim.learn.cohort.trainer import CohortTrainer
-from fedsim.learn.importance import GroupScores, find_criterion
-from fedsim.learn.linears import Targets, target_linears
-from fedsim.learn.lora import LoraModel
-from fedsim.learn.reference import ReferenceTrainer
-from fedsim.learn.train import ClientData, Job, TrainRule, Update
+from fedsim.learn.model.adapter import Adapter, initial_adapter
+from fedsim.learn.model.backbone import Backbone, load_backbone
+from fedsim.learn.model.linears import Targets, target_linears
+from fedsim.learn.model.lora import LoraModel
+from fedsim.learn.train.batches import EncodedText
+from fedsim.learn.train.importance import GroupScores, find_criterion
+from fedsim.learn.train.jobs import ClientData, Job, TrainRule, Update
+from fedsim.learn.train.reference import ReferenceTrainer
 from fedsim.settings import ModelSettings
-from fedsim.specs import LocalRequest
 from fedsim.structure import Structure
 
 LABELS = 3

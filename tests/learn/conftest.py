@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_checkpoints import ARCHITECTURES, make_padded_batch, save_tiny
 
-from fedsim.learn.backbone import Backbone, load_backbone
+from fedsim.learn.model.backbone import Backbone, load_backbone
 from fedsim.settings import ModelSettings
 
 

@@ -10,10 +10,10 @@ import torch
 from cohort_toys import CLIENTS, assert_same_updates, job, rule, toy
 from tiny_checkpoints import ARCHITECTURES
 
-from fedsim.learn.adapter import initial_adapter, restrict
-from fedsim.learn.importance import activation_gradient, random_scores
-from fedsim.learn.linears import Role, group_width, prunable_linears
-from fedsim.learn.lora import LoraModel
+from fedsim.learn.model.adapter import initial_adapter, restrict
+from fedsim.learn.model.linears import Role, group_width, prunable_linears
+from fedsim.learn.model.lora import LoraModel
+from fedsim.learn.train.importance import activation_gradient, random_scores
 from fedsim.structure import Structure
 
 RULE = rule("activation_gradient")

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.errors import ConfigError
-from fedsim.learn import aggregate, coverage
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.aggregate import RULES, Contribution, client_weights, merge
-from fedsim.learn.linears import Role, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.merge import coverage
+from fedsim.learn.merge import rules as aggregate
+from fedsim.learn.merge.rules import RULES, Contribution, client_weights, merge
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.model.linears import Role, kept_columns, kept_rows, prunable_linears
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure, kept_counts
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
 from fedsim.errors import ModelError
-from fedsim.learn import backbone as backbone_module
-from fedsim.learn.backbone import MINILM_SHA256, find_minilm, load_backbone
+from fedsim.learn.model import backbone as backbone_module
+from fedsim.learn.model.backbone import MINILM_SHA256, find_minilm, load_backbone
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure, achieved_ratio
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from fedsim.errors import DataError
-from fedsim.learn.batches import (
+from fedsim.learn.train.batches import (
     EncodedText,
     batch_stream,
     encode,

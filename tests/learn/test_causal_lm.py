@@ -13,18 +13,18 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedsim.errors import ModelError
-from fedsim.learn.adapter import restrict
-from fedsim.learn.backbone import load_backbone
-from fedsim.learn.batches import IGNORED, eval_batches, make_batch
 from fedsim.learn.cohort.memory import client_bytes
 from fedsim.learn.cohort.pack import pack
 from fedsim.learn.cohort.stack import CohortStack, Member
 from fedsim.learn.cohort.tester import CohortTester
-from fedsim.learn.evaluate import sentences_at_once
-from fedsim.learn.importance import random_scores
-from fedsim.learn.peft_folder import write_peft_folder
-from fedsim.learn.reference import ReferenceTester
-from fedsim.learn.train import Job
+from fedsim.learn.export.peft_folder import write_peft_folder
+from fedsim.learn.model.adapter import restrict
+from fedsim.learn.model.backbone import load_backbone
+from fedsim.learn.train.batches import IGNORED, eval_batches, make_batch
+from fedsim.learn.train.evaluate import sentences_at_once
+from fedsim.learn.train.importance import random_scores
+from fedsim.learn.train.jobs import Job
+from fedsim.learn.train.reference import ReferenceTester
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure
 

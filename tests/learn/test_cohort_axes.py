@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedsim.learn.cohort.axes import Axis, Widths, group_axis
-from fedsim.learn.linears import kept_columns, kept_rows, prunable_linears
+from fedsim.learn.model.linears import kept_columns, kept_rows, prunable_linears
 from fedsim.structure import ModelShape, Structure
 
 CPU = torch.device("cpu")

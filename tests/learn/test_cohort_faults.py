@@ -12,12 +12,12 @@ import torch
 from cohort_toys import LABELS, Toy, assert_same_updates, job, rule, toy, toy_data
 from tiny_checkpoints import ARCHITECTURES, VOCAB
 
+from fedsim.contracts.common import Outcome
 from fedsim.errors import ResourceError
-from fedsim.learn.backbone import load_backbone
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.plan import ChunkPlan, cohorts
+from fedsim.learn.model.backbone import load_backbone
 from fedsim.settings import ModelSettings
-from fedsim.specs import Outcome
 from fedsim.structure import Structure
 
 TIGHT = {"relative": 1e-10, "absolute": 1e-12}

@@ -11,9 +11,9 @@ import torch
 from cohort_toys import Toy, toy
 from torch.profiler import ProfilerActivity, profile
 
-from fedsim.learn.batches import EncodedText
 from fedsim.learn.cohort.memory import client_bytes, default_budget_bytes
 from fedsim.learn.cohort.pack import pack
+from fedsim.learn.train.batches import EncodedText
 from fedsim.structure import Structure
 
 CPU = torch.device("cpu")

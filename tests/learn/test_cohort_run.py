@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fedsim
-import fedsim.experiment.run as run_module
+import fedsim.runner.run as run_module
 from fedsim.errors import ConfigError
 
 CONFIG = {

@@ -8,9 +8,9 @@ import torch
 from cohort_toys import toy, toy_text
 from tiny_checkpoints import ARCHITECTURES
 
-from fedsim.learn.batches import eval_batches
 from fedsim.learn.cohort.tester import CohortTester
-from fedsim.learn.reference import ReferenceTester
+from fedsim.learn.train.batches import eval_batches
+from fedsim.learn.train.reference import ReferenceTester
 from fedsim.structure import Structure
 
 SENTENCES = 150

@@ -11,9 +11,9 @@ from cohort_toys import BATCH, CLIENTS, SAMPLES, Toy, assert_same_updates, job, 
 from tiny_checkpoints import ARCHITECTURES
 
 from fedsim.learn.cohort.pack import pack
-from fedsim.learn.importance import GroupScores, magnitude, random_scores
-from fedsim.learn.linears import Role, group_width
-from fedsim.learn.train import Job
+from fedsim.learn.model.linears import Role, group_width
+from fedsim.learn.train.importance import GroupScores, magnitude, random_scores
+from fedsim.learn.train.jobs import Job
 from fedsim.structure import Structure
 
 TIGHT = {"relative": 1e-10, "absolute": 1e-12}

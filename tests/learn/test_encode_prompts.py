@@ -12,9 +12,9 @@ from tiny_checkpoints import _tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from fedsim.data.records import LabelledText
+from fedsim.data.labelled import LabelledText
 from fedsim.errors import ConfigError, DataError
-from fedsim.learn.prompts import encode_prompts
+from fedsim.learn.train.prompts import encode_prompts
 
 CHARACTERS = "\n abcdefghij"
 

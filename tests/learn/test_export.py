@@ -15,13 +15,13 @@ from tiny_checkpoints import ARCHITECTURES
 from transformers import AutoConfig, AutoModel, BertConfig
 
 from fedsim.errors import ModelError, RunError
-from fedsim.learn.adapter import Adapter, initial_adapter, restrict
-from fedsim.learn.backbone import load_backbone
-from fedsim.learn.export import load_exported, write_export
-from fedsim.learn.export_card import FORMATS, ExportFacts
-from fedsim.learn.export_sliced import SlicedBertConfig, SlicedBertModel
-from fedsim.learn.linears import kept_columns, kept_rows, prunable_linears
-from fedsim.learn.lora import LoraModel
+from fedsim.learn.export.card import FORMATS, ExportFacts
+from fedsim.learn.export.exported import load_exported, write_export
+from fedsim.learn.export.small_models import SlicedBertConfig, SlicedBertModel
+from fedsim.learn.model.adapter import Adapter, initial_adapter, restrict
+from fedsim.learn.model.backbone import load_backbone
+from fedsim.learn.model.linears import kept_columns, kept_rows, prunable_linears
+from fedsim.learn.model.lora import LoraModel
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure
 

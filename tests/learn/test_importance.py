@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from fedsim.errors import ConfigError
-from fedsim.learn import importance as importance_module
-from fedsim.learn.adapter import initial_adapter, restrict
-from fedsim.learn.importance import (
+from fedsim.learn.model.adapter import initial_adapter, restrict
+from fedsim.learn.model.linears import Role, group_width, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.model.lora import LoraModel
+from fedsim.learn.model.slicing import apply_structure
+from fedsim.learn.train import importance as importance_module
+from fedsim.learn.train.importance import (
     CRITERIA,
     GroupScores,
     find_criterion,
@@ -19,9 +22,6 @@ from fedsim.learn.importance import (
     random_scores,
     smooth,
 )
-from fedsim.learn.linears import Role, group_width, kept_columns, kept_rows, prunable_linears
-from fedsim.learn.lora import LoraModel
-from fedsim.learn.slicing import apply_structure
 from fedsim.structure import Structure
 
 ARCHITECTURES = ("bert", "roberta", "llama")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.data.records import Corpus, LabelledText
+from fedsim.contracts.common import Outcome
+from fedsim.contracts.learning import LocalRequest, LocalRequests, LocalResults
+from fedsim.data.labelled import Corpus, LabelledText
 from fedsim.errors import ConfigError
-from fedsim.experiment.config import build_config
-from fedsim.learn.build import build_learner, torch_device
-from fedsim.specs import LocalRequest, LocalRequests, LocalResults, Outcome
+from fedsim.learn.assemble import build_learner, torch_device
+from fedsim.runner.config import build_config
 from fedsim.structure import Structure
 
 CLIENTS = 4
@@ -329,7 +330,7 @@ def test_common_masks_of_unequal_ratios_are_nested(tiny_folders, reversible):
 
 
 def test_a_criterion_of_the_user_s_own_takes_the_reference_engine(tiny_folders, monkeypatch):
-    from fedsim.learn import importance
+    from fedsim.learn.train import importance
 
     own = importance.Criterion(estimate=lambda model: importance.lora_guided(model))
     monkeypatch.setitem(importance.CRITERIA, "mine", own)

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.experiment.config import build_config
+from fedsim.contracts.common import Outcome
+from fedsim.contracts.learning import LocalRequests
 from fedsim.learn import learner as learner_module
 from fedsim.learn import store as store_module
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.importance import Criterion, GroupScores, random_scores
 from fedsim.learn.learner import LearnerParts, LoraLearner
-from fedsim.learn.linears import kept_columns, kept_rows, prunable_linears
-from fedsim.learn.train import Update, target_structure
-from fedsim.specs import LocalRequests, Outcome
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.model.linears import kept_columns, kept_rows, prunable_linears
+from fedsim.learn.train.importance import Criterion, GroupScores, random_scores
+from fedsim.learn.train.jobs import Update, target_structure
+from fedsim.runner.config import build_config
 from fedsim.structure import ModelShape
 
 SHAPE = ModelShape("toy", "bert", 1, 8, 4, 4, 2, 12, 10, 8)

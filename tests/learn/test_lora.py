@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedsim.errors import ConfigError
-from fedsim.learn.adapter import Adapter, initial_adapter, restrict
-from fedsim.learn.backbone import load_backbone
-from fedsim.learn.linears import Role, kept_columns, kept_rows, prunable_linears
-from fedsim.learn.lora import LoraModel
+from fedsim.learn.model.adapter import Adapter, initial_adapter, restrict
+from fedsim.learn.model.backbone import load_backbone
+from fedsim.learn.model.linears import Role, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.model.lora import LoraModel
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.learn.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
+from fedsim.learn.merge.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
 
 widths = st.integers(1, 12)
 

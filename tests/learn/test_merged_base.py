@@ -7,8 +7,8 @@ import pytest
 import torch
 from test_learner import CLIENTS, make_learner, play, request, states_equal
 
-from fedsim.learn.adapter import folded
-from fedsim.learn.slicing import with_merged
+from fedsim.learn.model.adapter import folded
+from fedsim.learn.model.slicing import with_merged
 
 STACK = {"aggregate.rule": "stack", "train.precision": "fp32"}
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedsim.errors import ConfigError
-from fedsim.learn.adapter import Adapter, folded, restrict
-from fedsim.learn.aggregate import Contribution, merge
-from fedsim.learn.linears import kept_columns, kept_rows, prunable_linears
-from fedsim.learn.rules_padded import norm_weights
+from fedsim.learn.merge.padded import norm_weights
+from fedsim.learn.merge.rules import Contribution, merge
+from fedsim.learn.model.adapter import Adapter, folded, restrict
+from fedsim.learn.model.linears import kept_columns, kept_rows, prunable_linears
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure, kept_counts
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.errors import ConfigError
-from fedsim.learn.importance import GroupScores
-from fedsim.learn.selection import grow, select
+from fedsim.learn.train.importance import GroupScores
+from fedsim.learn.train.selection import grow, select
 from fedsim.structure import ModelShape, Structure, kept_counts, largest_ratio
 
 

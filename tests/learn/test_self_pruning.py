@@ -10,8 +10,8 @@ import torch
 from cohort_toys import assert_same_updates, job, toy
 from cohort_toys import rule as toy_rule
 
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.self_pruning import kept_rank, self_pruned, tail_norm, tail_norms
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.train.self_pruning import kept_rank, self_pruned, tail_norm, tail_norms
 from fedsim.structure import Structure
 
 RULE = dataclasses.replace(toy_rule(), rank_decay=0.6, rank_penalty=0.3)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedsim.learn.linears import prunable_linears
-from fedsim.learn.slicing import apply_structure
+from fedsim.learn.model.linears import prunable_linears
+from fedsim.learn.model.slicing import apply_structure
 from fedsim.structure import ModelShape, Structure
 
 ARCHITECTURES = ("bert", "roberta", "llama")

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from fedsim.cost.shapes import load_shape
 from fedsim.learn import store as store_module
-from fedsim.learn.importance import GroupScores
 from fedsim.learn.store import ClientStore
+from fedsim.learn.train.importance import GroupScores
 from fedsim.structure import ModelShape, Structure
 
 SMALL = ModelShape("small", "bert", 2, 8, 3, 3, 2, 7, 10, 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsim.methods.surrogate_model import SurrogateModel
+from fedsim.learn.standins.surrogate_model import SurrogateModel
 
 TREE: dict[str, Any] = {
     "kind": "fedsim surrogate",

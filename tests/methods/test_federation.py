@@ -7,17 +7,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedsim.contracts.common import Labels, Outcome
+from fedsim.contracts.control import Arms
+from fedsim.contracts.flights import RoundReport
+from fedsim.contracts.learning import Evaluation
 from fedsim.control.policies import make_policy
 from fedsim.control.reward import RewardModel
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting
 from fedsim.errors import ConfigError
-from fedsim.experiment.config import build_config
+from fedsim.federation.federation import Federation, Parts
+from fedsim.learn.standins.timing_only import TimingLearner
 from fedsim.methods.catalogue import method_named
-from fedsim.methods.federation import Federation, Parts
-from fedsim.methods.timing import TimingLearner
-from fedsim.specs import Arms, Evaluation, Labels, Outcome, RoundReport
+from fedsim.runner.config import build_config
 from fedsim.structure import achieved_ratio, kept_counts
 
 SHAPE = load_shape("roberta-base")

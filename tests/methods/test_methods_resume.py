@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import fedsim
-from fedsim.methods.federation import Federation
+from fedsim.federation.federation import Federation
 
 OVERRIDES = {
     "fleet.clients": 4,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from test_federation import SHAPE, ToyLearner, make, play, report
 
+from fedsim.contracts.common import Outcome
 from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.workload import StepSetting
 from fedsim.errors import ConfigError, RunError
-from fedsim.experiment.config import build_config
-from fedsim.methods.broadcast import AdapterBroadcast, StackBroadcast, broadcast_of
-from fedsim.specs import Outcome
+from fedsim.federation.broadcast import AdapterBroadcast, StackBroadcast, broadcast_of
+from fedsim.runner.config import build_config
 
 
 def quiet_ask():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedsim.contracts.control import Feedback, RoundContext
 from fedsim.control.rank_growth import RankGrowth
 from fedsim.control.static_rank import StaticRank
+from fedsim.fleet.fleet import load_fleet
 from fedsim.settings import FleetSettings
-from fedsim.sim.fleet import load_fleet
-from fedsim.specs import Feedback, RoundContext
 
 RANKS = np.array([2, 4, 8, 16])
 

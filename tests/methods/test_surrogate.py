@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_up_surrogate import TREE, made_up_model
 
+from fedsim.contracts.common import Outcome
+from fedsim.contracts.learning import LocalRequests
 from fedsim.cost.shapes import load_shape
 from fedsim.errors import ConfigError
-from fedsim.experiment.config import build_config
+from fedsim.learn.standins.surrogate import SurrogateLearner
+from fedsim.learn.standins.surrogate_model import Contribution, read_surrogate
 from fedsim.methods.catalogue import method_named
-from fedsim.methods.surrogate import SurrogateLearner
-from fedsim.methods.surrogate_model import Contribution, read_surrogate
 from fedsim.methods.surrogate_use import check_use, labels_of_use
-from fedsim.specs import LocalRequests, Outcome
+from fedsim.runner.config import build_config
 
 SHAPE = load_shape("tiny", 2)
 ARRAYS = ("clients", "ratio", "loss_before", "loss_after", "lora_importance", "outcome")

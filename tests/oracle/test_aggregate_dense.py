@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.learn import aggregate
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.aggregate import Contribution, merge
-from fedsim.learn.linears import kept_columns, kept_rows, prunable_linears
+from fedsim.learn.merge import rules as aggregate
+from fedsim.learn.merge.rules import Contribution, merge
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.model.linears import kept_columns, kept_rows, prunable_linears
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure
 

@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from fedsim.contracts.control import Feedback, RoundContext, Work
 from fedsim.control.policies import make_policy
 from fedsim.control.recentre import recentre
 from fedsim.control.schedule import cubic_ratio, feasible_bounds
 from fedsim.rng import Stream, generator, normals, uniforms
 from fedsim.settings import ControlSettings, PruneSettings
-from fedsim.specs import Feedback, RoundContext, Work
 
 SEED = 5
 SPAN = 0.2

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedsim.experiment.config import build_config
-from fedsim.learn.adapter import Adapter, initial_adapter
-from fedsim.learn.backbone import load_backbone
+from fedsim.contracts.learning import LocalRequests
 from fedsim.learn.engine import make_engine
-from fedsim.learn.importance import find_criterion
 from fedsim.learn.learner import LearnerParts, LoraLearner
-from fedsim.learn.train import TrainRule
-from fedsim.specs import LocalRequests
+from fedsim.learn.model.adapter import Adapter, initial_adapter
+from fedsim.learn.model.backbone import load_backbone
+from fedsim.learn.train.importance import find_criterion
+from fedsim.learn.train.jobs import TrainRule
+from fedsim.runner.config import build_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "learn"))
 from cohort_toys import CLIENTS, LABELS, toy_data, toy_text

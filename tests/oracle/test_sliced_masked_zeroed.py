@@ -16,11 +16,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from fedsim.learn.adapter import initial_adapter, restrict
-from fedsim.learn.backbone import Backbone, load_backbone
-from fedsim.learn.linears import Role, kept_columns, kept_rows, prunable_linears
-from fedsim.learn.lora import LoraModel
-from fedsim.learn.slicing import apply_structure
+from fedsim.learn.model.adapter import initial_adapter, restrict
+from fedsim.learn.model.backbone import Backbone, load_backbone
+from fedsim.learn.model.linears import Role, kept_columns, kept_rows, prunable_linears
+from fedsim.learn.model.lora import LoraModel
+from fedsim.learn.model.slicing import apply_structure
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure
 

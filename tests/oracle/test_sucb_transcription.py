@@ -8,13 +8,13 @@ import math
 import numpy as np
 import pytest
 
+from fedsim.contracts.control import Feedback, RoundContext, Work
 from fedsim.control.policies import make_policy
 from fedsim.control.recentre import recentre
 from fedsim.control.schedule import cubic_ratio, feasible_bounds
 from fedsim.control.sucb import LEAST_CHILD_SHARE, NEVER_PLAYED, OFFSET_SPAN
 from fedsim.rng import Stream, generator, uniforms
 from fedsim.settings import ControlSettings, PruneSettings
-from fedsim.specs import Feedback, RoundContext, Work
 
 
 class Ranks:

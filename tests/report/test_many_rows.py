@@ -19,16 +19,16 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiment"))
 from made_up import write_run
 
 import fedsim
-from fedsim.experiment.belonging import Group
-from fedsim.experiment.compare import compare
-from fedsim.experiment.results import find_runs, load
-from fedsim.experiment.structures import kept_structures
 from fedsim.plots.choice import bare_text, first_rule, left_out_text, shown_by_regret, shown_first
+from fedsim.records.reader import find_runs, load
 from fedsim.report import sections
 from fedsim.report.losses import lost_box
 from fedsim.report.material import gather
 from fedsim.report.page import report_html, write_report
-from fedsim.report.tables import _decimals, summary_table
+from fedsim.report.page_tables import _decimals, summary_table
+from fedsim.study.belonging import Group
+from fedsim.study.compare import compare
+from fedsim.study.structures import kept_structures
 
 LOST = {
     "fleet": {"clients": 6},
@@ -157,7 +157,7 @@ def test_runs_that_lost_every_update_make_a_page_that_says_so(all_late):
 
 
 def _state(run):
-    from fedsim.experiment.structures import final_state
+    from fedsim.study.structures import final_state
 
     state = final_state(run)
     assert len(state["learner.structure_clients"]) == 0, "the case that this test is about"

@@ -10,11 +10,11 @@ from urllib.parse import unquote
 import pytest
 
 import fedsim
-from fedsim.experiment.compare import compare
-from fedsim.experiment.regret import regret
 from fedsim.report import sections
 from fedsim.report.material import gather
 from fedsim.report.page import report_html
+from fedsim.study.compare import compare
+from fedsim.study.regret import regret
 
 TIMING = {
     "method": "fedspine",

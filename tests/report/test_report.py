@@ -20,12 +20,12 @@ from made_up import config_of, write_run
 
 from fedsim.cli import main
 from fedsim.errors import ConfigError, RunError
-from fedsim.experiment.results import find_runs, load
-from fedsim.experiment.structures import component_energy, final_state, kept_structures
+from fedsim.records.reader import find_runs, load
 from fedsim.report import page as page_module
 from fedsim.report.html import Cell, csv_link, table
 from fedsim.report.page import report_html, write_report
 from fedsim.structure import Structure
+from fedsim.study.structures import component_energy, final_state, kept_structures
 
 METHODS = ("fedlora", "fedspine_uniform", "fedspine", "fedspine_balanced")
 VOID = {"meta", "path", "use", "image", "rect", "br", "link", "circle"}

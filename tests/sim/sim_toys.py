@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.contracts.common import Labels
+from fedsim.contracts.control import Work
+from fedsim.contracts.flights import RoundLearning, RoundPlan
 from fedsim.sim.server import SimState, simulate
-from fedsim.specs import Labels, RoundLearning, RoundPlan, Work
 
 
 @dataclass

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from sim_toys import ToyFleet, ToyStrategy, play, work
 
+from fedsim.contracts.control import Work
 from fedsim.cost.device import load_profile, rates_of
 from fedsim.cost.estimate import compute_time
 from fedsim.errors import ProfileError
+from fedsim.fleet.fleet import fleet_names, load_fleet
+from fedsim.fleet.fleet_file import LinkSpec, fleet_path, read_fleet_file
 from fedsim.settings import FleetSettings, ServerSettings
-from fedsim.sim.fleet import fleet_names, load_fleet
-from fedsim.sim.fleet_file import LinkSpec, fleet_path, read_fleet_file
-from fedsim.specs import Work
 
 
 def number(value, unit, **band):

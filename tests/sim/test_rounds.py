@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_toys import ToyFleet, ToyStrategy, log, play, work
 
+from fedsim.contracts.common import Labels, Outcome
+from fedsim.fleet.fleet import load_fleet
 from fedsim.settings import FleetSettings, ServerSettings
-from fedsim.sim.fleet import load_fleet
 from fedsim.sim.protocol import SimState
-from fedsim.specs import Labels, Outcome
 
 # A few values often, so that clients tie with one another, with the deadline and with nothing at all (a free transfer).
 tied = st.sampled_from([0.5, 1.0, 1.5, 2.0])

@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim_toys import ToyFleet, ToyStrategy, log, play
 
+from fedsim.contracts.common import Outcome
 from fedsim.errors import ConfigError
 from fedsim.settings import ServerSettings
 from fedsim.sim.accounting import client_seconds, idle_fraction
 from fedsim.sim.server import SimState, sample_clients, simulate
-from fedsim.specs import Outcome
 
 THREE = ToyFleet(download_s=[1.0, 2.0, 3.0], compute_s=[4.0, 8.0, 10.0], upload_s=[1.0, 2.0, 3.0])
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import fedsim
-from fedsim.experiment import rundir
 from fedsim.methods.base import cubic_schedule
+from fedsim.records import folder as rundir
 
 FAULT_ROUND = 2
 

@@ -8,8 +8,8 @@ import pytest
 
 from fedsim.errors import ConfigError
 from fedsim.sweeps import checks
+from fedsim.sweeps.cells import plan_sweep
 from fedsim.sweeps.checks import check_cells
-from fedsim.sweeps.grid import plan_sweep
 
 TRAINED = {
     "model": {"name": "tiny", "lora_rank": 4, "lora_rank_max": 8},

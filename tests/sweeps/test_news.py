@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedsim.sweeps import news
-from fedsim.sweeps.grid import plan_sweep
+from fedsim.sweeps.cells import plan_sweep
 from fedsim.sweeps.jobs import Done
 from fedsim.sweeps.news import SILENCE_S, SweepNews, duration_text
 

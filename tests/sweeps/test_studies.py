@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedsim.resources import resource_folder
+from fedsim.sweeps.cells import plan_sweep
 from fedsim.sweeps.checks import check_cells
-from fedsim.sweeps.grid import plan_sweep
 
 FOLDER = resource_folder("experiments")
 SWEEPS = sorted(

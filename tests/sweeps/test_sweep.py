@@ -20,10 +20,10 @@ from fedsim.cli import main
 from fedsim.data.corpus import load_corpus
 from fedsim.data.partition import partition
 from fedsim.errors import ConfigError, RunError
-from fedsim.experiment.results import find_runs
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
+from fedsim.records.reader import find_runs
 from fedsim.sweeps.book import open_book, read_book
-from fedsim.sweeps.grid import plan_sweep
+from fedsim.sweeps.cells import plan_sweep
 from fedsim.sweeps.jobs import Done
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsim.errors import ConfigError
-from fedsim.experiment.config import build_config, config_hash
 from fedsim.methods.catalogue import METHODS
+from fedsim.runner.config import build_config, config_hash
+from fedsim.sweeps.cells import parse_grid, parse_seeds, plan_sweep
 from fedsim.sweeps.checks import check_cells
-from fedsim.sweeps.grid import parse_grid, parse_seeds, plan_sweep
 
 BASE = {
     "model": {"lora_rank": 4, "lora_rank_max": 8},

@@ -7,10 +7,10 @@ always feasible. Devices are independent repetitions.
 import numpy as np
 import pytest
 
+from fedsim.contracts.control import Feedback, RoundContext, Work
 from fedsim.control.policies import make_policy
 from fedsim.rng import Stream, generator
 from fedsim.settings import ControlSettings
-from fedsim.specs import Feedback, RoundContext, Work
 
 SIZE = 40
 RANKS = np.array([2, 8], dtype=np.int64)

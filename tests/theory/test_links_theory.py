@@ -12,12 +12,12 @@ from scipy import integrate, stats
 sys.path.insert(0, str(Path(__file__).parents[1] / "sim"))
 from sim_toys import ToyFleet, play
 
+from fedsim.contracts.control import Work
+from fedsim.fleet.fleet import load_fleet
+from fedsim.fleet.link import Links, bytes_moved, download_seconds, transfer_seconds, upload_seconds
 from fedsim.rng import Stream, mean_one_jitter
 from fedsim.settings import FleetSettings, ServerSettings
 from fedsim.sim.accounting import idle_fraction
-from fedsim.sim.fleet import load_fleet
-from fedsim.sim.link import Links, bytes_moved, download_seconds, transfer_seconds, upload_seconds
-from fedsim.specs import Work
 
 CLIENTS = np.arange(20_000)
 

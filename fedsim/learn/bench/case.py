@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedsim.learn.batches import EncodedText
-from fedsim.learn.linears import Targets
-from fedsim.learn.train import ClientData
+from fedsim.learn.model.linears import Targets
+from fedsim.learn.train.batches import EncodedText
+from fedsim.learn.train.jobs import ClientData
 from fedsim.rng import Stream, generator
 
 _SHORTEST = 4

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.backbone import Backbone
-from fedsim.learn.batches import Batch, batch_stream, make_batch, sample_stream
-from fedsim.learn.linears import Targets, target_linears
-from fedsim.learn.train import ClientData
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.model.backbone import Backbone
+from fedsim.learn.model.linears import Targets, target_linears
+from fedsim.learn.train.batches import Batch, batch_stream, make_batch, sample_stream
+from fedsim.learn.train.jobs import ClientData
 
 _ADAPTER = "default"
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.learn.linears import HEAD_ROLES, PrunableLinear, group_width
+from fedsim.learn.model.linears import HEAD_ROLES, PrunableLinear, group_width
 from fedsim.structure import ModelShape, Structure
 
 

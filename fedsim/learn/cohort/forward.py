@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from fedsim.learn.backbone import Backbone
 from fedsim.learn.cohort.kernels import RowMap, lora_linears
 from fedsim.learn.cohort.pack import Bucket, PackedBatch, PackRule
 from fedsim.learn.cohort.stack import CohortStack
-from fedsim.learn.linears import PrunableLinear, Role, prunable_linears
-from fedsim.learn.salience import watchable
+from fedsim.learn.model.backbone import Backbone
+from fedsim.learn.model.linears import PrunableLinear, Role, prunable_linears
+from fedsim.learn.train.salience import watchable
 
 _LENGTH_STEP = {"cpu": 8, "cuda": 1 << 20}
 """Attention's buckets: on a GPU one launch for all sentences beats short ones."""

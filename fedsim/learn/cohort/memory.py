@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.batches import EncodedText
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.pack import pack
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.train.batches import EncodedText
 from fedsim.structure import Structure
 
 _CARD_SHARE = 0.8

@@ -3,7 +3,7 @@
 Each client's tokens stand one after another in a row of ``T`` places, the longest client's count; only attention sees
 sentences apart. It takes them in *buckets* of similar length, so that a long sentence does not pad all others.
 
-What a batch holds comes from `fedsim.learn.batches`: the same samples as the reference trainer draws.
+What a batch holds comes from `fedsim.learn.train.batches`: the same samples as the reference trainer draws.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.learn.batches import IGNORED, EncodedText, successors
+from fedsim.contracts.common import FloatArray, IntArray
 from fedsim.learn.cohort.kernels import RowMap
-from fedsim.specs import FloatArray, IntArray
+from fedsim.learn.train.batches import IGNORED, EncodedText, successors
 
 Positions = NDArray[np.int64]
 

@@ -13,7 +13,7 @@ import torch
 
 from fedsim.errors import ResourceError
 from fedsim.learn.faults import is_out_of_memory
-from fedsim.learn.train import Job
+from fedsim.learn.train.jobs import Job
 
 _LOG = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Group importance of a whole cohort: what `fedsim.learn.importance` says of one client, for all at once.
+"""Group importance of a whole cohort: what `fedsim.learn.train.importance` says of one client, for all at once.
 
 The saliency of a weight exists for a few clients at a time only (``_BLOCK_ELEMENTS`` weights), and one transfer per
 estimate brings the scores of all clients to the host.
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedsim.contracts.common import FloatArray
 from fedsim.errors import ConfigError
 from fedsim.learn.cohort.axes import Widths
 from fedsim.learn.cohort.stack import CohortStack
-from fedsim.learn.importance import DECAY, Criterion, GroupScores, activation_gradient, lora_guided
-from fedsim.learn.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
-from fedsim.learn.salience import salience
-from fedsim.specs import FloatArray
+from fedsim.learn.model.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
+from fedsim.learn.train.importance import DECAY, Criterion, GroupScores, activation_gradient, lora_guided
+from fedsim.learn.train.salience import salience
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
 """Saliency is formed for at most about this many weights at a time: what a processor's cache, or a card, holds."""
@@ -47,7 +47,7 @@ class CohortScores:
         return GroupScores(self.heads[client].copy(), self.channels[client].copy())
 
     def smoothed(self, new: CohortScores, steps: int) -> CohortScores:
-        """As `fedsim.learn.importance.smooth`, for every client by itself."""
+        """As `fedsim.learn.train.importance.smooth`, for every client by itself."""
         keep = DECAY**steps
         infinite = np.isinf(new.heads).any(axis=(1, 2)) | np.isinf(new.channels).any(axis=(1, 2))
         usable = np.logical_not(infinite).reshape(-1, 1, 1)
@@ -83,7 +83,7 @@ def find_estimate(criterion: Criterion | None) -> Estimate | None:
 
 @torch.no_grad()
 def lora_guided_cohort(stack: CohortStack) -> CohortScores:
-    """LoRA-guided scores from the gradients of the last backward pass (see `fedsim.learn.importance`).
+    """LoRA-guided scores from the gradients of the last backward pass (see `fedsim.learn.train.importance`).
 
     NaN where a group is pruned, and everywhere for a client with a score that is not finite.
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fedsim.learn.adapter import Adapter, extra_rows
-from fedsim.learn.backbone import Backbone
 from fedsim.learn.cohort.axes import Widths
 from fedsim.learn.cohort.kernels import Frozen, StackedFactors
-from fedsim.learn.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
-from fedsim.learn.slicing import check_structure, with_merged
+from fedsim.learn.model.adapter import Adapter, extra_rows
+from fedsim.learn.model.backbone import Backbone
+from fedsim.learn.model.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
+from fedsim.learn.model.slicing import check_structure, with_merged
 from fedsim.structure import Structure
 
 

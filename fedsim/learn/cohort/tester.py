@@ -1,4 +1,4 @@
-"""Testing the global adapter on many structures; implements `fedsim.learn.evaluate.Tester`."""
+"""Testing the global adapter on many structures; implements `fedsim.learn.train.evaluate.Tester`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from fedsim.learn.adapter import Adapter
-from fedsim.learn.batches import EncodedText
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.pack import pack
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
-from fedsim.learn.evaluate import each_once, sentences_at_once
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.train.batches import EncodedText
+from fedsim.learn.train.evaluate import each_once, sentences_at_once
 from fedsim.structure import Structure
 
 

@@ -1,8 +1,8 @@
-"""Local training of many clients at once; implements `fedsim.learn.train.Trainer`.
+"""Local training of many clients at once; implements `fedsim.learn.train.jobs.Trainer`.
 
-The algorithm is the reference trainer's (`fedsim.learn.train`), step for step; results agree to rounding. One AdamW
-runs over the stacked tensors (it is elementwise), the losses of all clients are added, and as no client's tensor enters
-another's loss, a client whose gradients are not finite spoils nobody else.
+The algorithm is the reference trainer's (`fedsim.learn.train.jobs`), step for step; results agree to rounding. One
+AdamW runs over the stacked tensors (it is elementwise), the losses of all clients are added, and as no client's tensor
+enters another's loss, a client whose gradients are not finite spoils nobody else.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from itertools import islice
 
 import torch
 
-from fedsim.learn.batches import fixed_samples, sample_stream
+from fedsim.contracts.common import IntArray, Outcome
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.pack import PackedBatch, pack
 from fedsim.learn.cohort.plan import ChunkPlan, cohorts
 from fedsim.learn.cohort.scores import CohortScores, find_estimate, lora_importance_cohort
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
-from fedsim.learn.self_pruning import tail_norms
-from fedsim.learn.train import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
-from fedsim.specs import IntArray, Outcome
+from fedsim.learn.train.batches import fixed_samples, sample_stream
+from fedsim.learn.train.jobs import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
+from fedsim.learn.train.self_pruning import tail_norms
 
 
 class CohortTrainer:

@@ -1,0 +1,1 @@
+"""Who meets whom: frozen records and Protocols. Nothing here computes."""

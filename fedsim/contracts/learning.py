@@ -1,0 +1,169 @@
+"""The learning side, as a strategy sees it: local jobs in columns, their results, and the learner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.contracts.common import FloatArray, IntArray, KeptCounts, State
+
+
+@dataclass(frozen=True)
+class LocalRequest:
+    """One client's local job, frozen at dispatch.
+
+    Attributes:
+        ratio_target: cumulative pruning ratio to reach after ``local_steps - recovery_steps`` steps.
+        prune: whether the structure may change in this round at all (False during warm-up).
+        estimate: whether importance is estimated in this round, where the run's method estimates any.
+    """
+
+    client: int
+    round_index: int
+    ratio_target: float
+    prune: bool
+    rank: int
+    local_steps: int
+    recovery_steps: int
+    learning_rate: float
+    estimate: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class LocalRequests:
+    """The local jobs of one round's participants, in columns: `LocalRequest` of all of them.
+
+    Attributes:
+        clients, ratio_target, rank: shape (P,); the other fields are the same for all.
+    """
+
+    round_index: int
+    clients: IntArray
+    ratio_target: FloatArray
+    rank: IntArray
+    prune: bool
+    local_steps: int
+    recovery_steps: int
+    learning_rate: float
+    estimate: bool = True
+
+    def singles(self) -> list[LocalRequest]:
+        """One record per client, for a learner that goes client by client."""
+        return [
+            LocalRequest(
+                client=client,
+                round_index=self.round_index,
+                ratio_target=ratio,
+                prune=self.prune,
+                rank=rank,
+                local_steps=self.local_steps,
+                recovery_steps=self.recovery_steps,
+                learning_rate=self.learning_rate,
+                estimate=self.estimate,
+            )
+            for client, ratio, rank in zip(
+                self.clients.tolist(), self.ratio_target.tolist(), self.rank.tolist(), strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalResults:
+    """What local jobs brought, as far as the server's control may see it. Shape (P,), in the order of the tickets.
+
+    Attributes:
+        ratio: achieved cumulative pruning ratio.
+        loss_before, loss_after: on the client's fixed probe batch, before and after the job.
+        lora_importance: mean of |B * grad B| over the client's LoRA.
+        outcome: codes of `Outcome`: ``OK`` or ``NON_FINITE``.
+        kept_before, kept_after: kept head groups and channels per layer (two integer arrays of shape (P, layers)) at
+            the job's start and end: what it really cost where layers lose unequal shares (``global`` selection).
+        payload: the learner's own record of each update, opaque here; None where it has none.
+        rank: LoRA rank of each update, where a client may give up components (rank self-pruning); one that did asks
+            for no more from then on. None where ranks stay as asked.
+    """
+
+    clients: IntArray
+    ratio: FloatArray
+    loss_before: FloatArray
+    loss_after: FloatArray
+    lora_importance: FloatArray
+    outcome: IntArray
+    kept_before: KeptCounts
+    kept_after: KeptCounts
+    payload: Sequence[object] | None
+    rank: IntArray | None = None
+
+    def take(self, mask: NDArray[np.bool_]) -> LocalResults:
+        """The results where `mask`, shape (P,), is true; itself where that is everywhere."""
+        if mask.all():
+            return self
+        payload = self.payload
+        return LocalResults(
+            clients=self.clients[mask],
+            ratio=self.ratio[mask],
+            loss_before=self.loss_before[mask],
+            loss_after=self.loss_after[mask],
+            lora_importance=self.lora_importance[mask],
+            outcome=self.outcome[mask],
+            kept_before=(self.kept_before[0][mask], self.kept_before[1][mask]),
+            kept_after=(self.kept_after[0][mask], self.kept_after[1][mask]),
+            payload=None if payload is None else [payload[place] for place in np.flatnonzero(mask).tolist()],
+            rank=None if self.rank is None else self.rank[mask],
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Test metrics of the global model: panel mean accuracy and loss, and the consensus model's accuracy."""
+
+    accuracy: float
+    loss: float
+    accuracy_consensus: float
+
+
+class Learner(Protocol):
+    """The learning side, as a strategy sees it. State (global adapter, each client's structure) stays inside.
+
+    Jobs go in columns: a ticket is a positive integer, and tickets of any submissions may be read together, each once.
+    """
+
+    def submit(self, requests: LocalRequests) -> IntArray:
+        """Freeze jobs against the present state; nothing is trained yet. Returns their tickets, shape (P,)."""
+
+    def result(self, tickets: IntArray) -> LocalResults:
+        """The jobs' results, in the order of `tickets`; everything pending may be trained now, as one cohort.
+
+        Raises:
+            KeyError: a ticket that was discarded, read already or never given.
+        """
+
+    def discard(self, tickets: IntArray) -> None:
+        """Forget jobs whose results nobody will read: they are never trained.
+
+        Raises:
+            KeyError: as `result`.
+        """
+
+    def aggregate(self, results: LocalResults) -> None:
+        """Merge updates into a new global state and keep each client's new structure. Empty: no change."""
+
+    def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:
+        """Prune clients to the given ratios at once, without training; returns the achieved ratios."""
+
+    def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation | None:
+        """Test the global model restricted to each panel client's structure; None where nothing can be tested."""
+
+    def export(self, folder: Path) -> None:
+        """Write the global adapter as a PEFT folder; nothing where there is none."""
+
+    def state(self) -> State:
+        """Arrays for the checkpoint."""
+
+    def restore(self, state: State) -> None:
+        """Take the arrays of a checkpoint."""

@@ -1,1 +1,0 @@
-"""Runs: configuration, run directories, checkpoints, results, comparison."""

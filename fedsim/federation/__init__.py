@@ -1,0 +1,1 @@
+"""The strategy behind the server: dispatch, settlement, pricing, broadcast, evaluation."""

@@ -1,0 +1,1 @@
+"""The simulated devices and their links."""

@@ -1,0 +1,1 @@
+"""The frozen backbone, its slices and its LoRA."""

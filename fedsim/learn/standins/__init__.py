@@ -1,0 +1,1 @@
+"""Learners that train nothing: timing only, and the surrogate."""

@@ -1,0 +1,1 @@
+"""A local job, and the reference trainer."""

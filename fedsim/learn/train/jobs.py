@@ -1,0 +1,107 @@
+"""What a local job is, and what comes of it; the trainers are `fedsim.learn.train.reference` and `fedsim.learn.cohort`.
+
+One local job (FedSpine, arXiv 2501.02438): tau steps of AdamW on LoRA and head; after each backward pass the importance
+of every group is estimated and averaged; before the last ``recovery_steps`` steps the least important groups go.
+
+Unspecified in the paper; we chose: AdamW without weight decay, started afresh each round, its moments sliced with the
+weights; importance every ``importance_every``-th step with a decay to match; the loss before and after on a fixed
+probe batch of the client; |B * grad B| from the last step's gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedsim.contracts.common import IntArray, Outcome
+from fedsim.contracts.learning import LocalRequest
+from fedsim.learn.model.adapter import Adapter
+from fedsim.learn.train.batches import EncodedText
+from fedsim.learn.train.importance import Criterion, GroupScores
+from fedsim.learn.train.selection import select
+from fedsim.structure import ModelShape, Structure
+
+PROBE_SAMPLES = 8
+"""Samples of the fixed probe batch on which a job's loss is measured before and after."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A local job with everything it reads, frozen at dispatch.
+
+    Attributes:
+        adapter: the global adapter of the state version at dispatch.
+        start: the structure the job starts with.
+        scores: the client's averaged group scores so far; None before the first estimate, or for a static criterion.
+        guide: scores that choose the groups in the place of the client's own (a static criterion's).
+        mask: the ready structure to shrink to (common structure); None to choose by scores.
+    """
+
+    request: LocalRequest
+    adapter: Adapter
+    start: Structure
+    scores: GroupScores | None
+    guide: GroupScores | None
+    mask: Structure | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """What a trained client sends: its adapter at the widths of `structure`, and its averaged group scores."""
+
+    adapter: Adapter
+    structure: Structure
+    scores: GroupScores | None
+    samples: int
+    loss_before: float
+    loss_after: float
+    lora_importance: float
+    outcome: Outcome
+
+
+@dataclass(frozen=True)
+class TrainRule:
+    """What all jobs of a run share.
+
+    Attributes:
+        criterion: how groups are scored; None where the method never prunes.
+        importance_every: local steps per estimate.
+        selection: ``prune.selection``.
+        rank_decay, rank_penalty: rank self-pruning (`fedsim.learn.train.self_pruning`); a penalty of 0 is none.
+    """
+
+    seed: int
+    batch_size: int
+    criterion: Criterion | None
+    importance_every: int
+    selection: str
+    rank_decay: float = 1.0
+    rank_penalty: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class ClientData:
+    """The encoded training text and each client's sample numbers."""
+
+    text: EncodedText
+    parts: tuple[IntArray, ...]
+
+
+class Trainer(Protocol):
+    """Trains local jobs; jobs of one call may be trained together, with the same results as one by one."""
+
+    def train(self, jobs: Sequence[Job]) -> list[Update]:
+        """One update per job, in order."""
+
+
+def target_structure(
+    job: Job, structure: Structure, scores: GroupScores | None, shape: ModelShape, selection: str
+) -> Structure:
+    """What a job shrinks `structure` to: its ready mask, or its ratio by the guide or the client's own average."""
+    if job.mask is not None:
+        return job.mask.within(structure)
+    guide = job.guide if job.guide is not None else scores
+    if guide is None:
+        raise RuntimeError(f"client {job.request.client} is to prune, but no importance was ever estimated")
+    return select(guide, structure, shape, job.request.ratio_target, selection)

@@ -1,0 +1,229 @@
+"""The folder of one run: who may write in it, and how a file gets there whole or not at all.
+
+A writer holds an exclusive lock (``flock`` on ``.lock``), which the kernel releases when the process ends in whatever
+way, so that a killed run never stays locked. Every file is written under a temporary name in the same folder, forced
+to disk, and renamed: a reader sees the old file or the new one, never a half of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedsim.errors import RunError
+from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, sync_folder, writing
+
+MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+PARTS = "parts"
+CHECKPOINT = "checkpoint"
+LOCK = ".lock"
+SWEEP_BOOK = "sweep.json"
+"""In a folder of runs that a sweep made."""
+
+_OWN_FILES = (MANIFEST, CONFIG, "rounds.parquet", "client_rounds.parquet", "events.parquet")
+_OWN_FOLDERS = (PARTS, CHECKPOINT, "adapter", "tensorboard", "wandb")
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the run directory `path`.
+
+    Raises:
+        RunError: there is none, or it is damaged.
+    """
+    file = path / MANIFEST
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"'{path}' is not a run directory: it has no {MANIFEST}") from None
+    except OSError as error:
+        raise RunError(f"cannot read '{file}': {error.strerror or error}") from error
+    except ValueError:
+        raise RunError(f"'{file}' is damaged (not valid JSON): restore it, or start afresh with --force") from None
+    if not isinstance(manifest, dict) or manifest.get("status") not in ("running", "stopped", "finished"):
+        raise RunError(
+            f"'{file}' is damaged (no status of running, stopped or finished): restore it, or start afresh with --force"
+        )
+    return manifest
+
+
+class RunDirectory:
+    """A run directory held for writing, as a context manager. Made by `create` or `open_for_resume`.
+
+    Attributes:
+        path: the folder.
+        manifest: the manifest as last written or read; empty before the first.
+    """
+
+    def __init__(self, path: Path, lock: int, manifest: Mapping[str, Any]) -> None:
+        self.path = path
+        self._lock: int | None = lock
+        self._manifest = dict(manifest)
+
+    @classmethod
+    def create(cls, path: str | Path, force: bool) -> RunDirectory:
+        """Make and lock the folder of a new run.
+
+        Args:
+            force: remove the run that is there. Only what a run writes is removed, never a foreign file.
+        Raises:
+            RunError: another process writes there, a run or foreign files are there and not `force`, or the folder
+                cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise RunError(f"run directory '{path}' is a file; give another folder (--out)")
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        lock = _acquire(path)
+        try:
+            if force:
+                _remove_run(path)
+            else:
+                _refuse_used(path)
+        except BaseException:
+            _release(lock)
+            raise
+        return cls(path, lock, {})
+
+    @classmethod
+    def open_for_resume(cls, path: str | Path) -> RunDirectory:
+        """Lock the folder of a run to go on with it. A finished run opens too: see ``manifest["status"]``.
+
+        Raises:
+            RunError: no run is there, it never began, it is damaged, or another process writes there.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise RunError(f"run directory '{path}' does not exist: nothing to resume; start it without --resume")
+        if not (path / MANIFEST).exists():
+            raise RunError(f"'{path}' has no {MANIFEST}: the run never began; start it without --resume")
+        lock = _acquire(path)
+        try:
+            manifest = read_manifest(path)
+        except BaseException:
+            _release(lock)
+            raise
+        return cls(path, lock, manifest)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as last written or read (a copy)."""
+        return dict(self._manifest)
+
+    def write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        """Replace ``manifest.json``."""
+        self._check_held()
+        atomic_write_json(self.path / MANIFEST, dict(manifest))
+        self._manifest = dict(manifest)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file of the run."""
+        self._check_held()
+        atomic_write_text(self.path / name, text)
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder of the run, if it is there."""
+        self._check_held()
+        folder = self.path / name
+        if folder.is_dir():
+            with writing(folder):
+                shutil.rmtree(folder)
+
+    def close(self) -> None:
+        """Release the lock. Closing twice does nothing."""
+        if self._lock is not None:
+            _release(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_held(self) -> None:
+        if self._lock is None:
+            raise ValueError(f"run directory '{self.path}' is closed")
+
+
+def check_usable(path: Path, force: bool) -> None:
+    """Raise what `RunDirectory.create` would, before slow work is done for nothing; nothing is made or changed."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"run directory '{path}' is a file; give another folder (--out)")
+    if (path / LOCK).exists():
+        _release(_acquire(path))
+    if not force:
+        _refuse_used(path)
+
+
+def _acquire(path: Path) -> int:
+    file = path / LOCK
+    with writing(file):
+        # Never removed: a lock on a file that another process has unlinked would protect nothing.
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise RunError(
+                f"run directory '{path}' is in use by another process: wait for its end, or give another --out"
+            ) from None
+        raise RunError(f"cannot lock run directory '{path}': {error.strerror or error}") from error
+    return descriptor
+
+
+def _release(descriptor: int) -> None:
+    # Unlocked by name, not by closing alone: a forked worker may still hold a copy of the descriptor.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def _refuse_used(path: Path) -> None:
+    """Raise unless the folder is empty, or holds only what a run leaves that was stopped before it began."""
+    if (path / MANIFEST).exists():
+        status = read_manifest(path)["status"]
+        if status == "finished":
+            raise RunError(
+                f"run directory '{path}' holds a finished run: overwrite it with --force, or give another --out"
+            )
+        raise RunError(
+            f"run directory '{path}' holds an unfinished run: go on with --resume, or overwrite it with --force"
+        )
+    foreign = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in (LOCK, CONFIG) and not entry.name.endswith(TEMPORARY_SUFFIX)
+    )
+    if foreign:
+        raise RunError(
+            f"run directory '{path}' is not empty and holds no {MANIFEST} (first entry: '{foreign[0]}'): "
+            "give another folder (--out), or write into it with --force"
+        )
+
+
+def _remove_run(path: Path) -> None:
+    """Remove a run's own files; the manifest first, so that what is left by a kill never looks like a run."""
+    with writing(path):
+        for name in _OWN_FILES:
+            (path / name).unlink(missing_ok=True)
+        for name in _OWN_FOLDERS:
+            if (path / name).is_dir():
+                shutil.rmtree(path / name)
+        for leftover in path.glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
+        sync_folder(path)

@@ -1,0 +1,327 @@
+"""The records of a run: from a round to rows, and the writer that puts them into Parquet.
+
+Rows go to parts that are closed at checkpoints, so that a crash loses nothing closed, and whenever many rows wait, so
+that memory does not grow with the rounds; at the end the parts are joined part by part. Equal rows give equal bytes: no
+time stamps, and row groups of a fixed size wherever the parts were cut.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import ArrayLike, NDArray
+
+from fedsim.contracts.common import OUTCOME_LABELS, FloatArray, Labels, Outcome
+from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+from fedsim.errors import RunError
+from fedsim.files import replacing, sync_folder, writing
+from fedsim.records.columns import TABLES, columns_by_code, schema_of
+from fedsim.records.folder import PARTS
+from fedsim.settings import RecordSettings
+from fedsim.sim.accounting import client_seconds, idle_fraction
+
+ROW_GROUP = 65_536
+"""Rows of a row group in a joined file."""
+
+PART_ROWS = 524_288
+"""Waiting rows (of all tables) at which a part is closed without a checkpoint."""
+
+PART_ROUNDS = 1000
+"""Waiting rounds at which a part is closed without a checkpoint: a row that waits alone costs kilobytes."""
+
+
+class EventBlock(Protocol):
+    """The trace of one round, as the writer takes it."""
+
+    def columns(self) -> Mapping[str, np.ndarray | Labels]:
+        """Arrays of one length, by the names of `EVENTS`."""
+
+
+def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearning) -> pa.Table:
+    """Rows of ``client_rounds``: one per dispatched client, in the order of the plan.
+
+    Every phase is the difference of two timestamps of the report; idle is one too, not what the others leave over.
+
+    Raises:
+        ValueError: plan and report name different clients, or a client's timestamps run backwards.
+    """
+    _check_clocks(plan, report)
+    return _table(
+        "client_rounds",
+        {
+            "round": np.full(len(plan.clients), plan.round_index),
+            "client": plan.clients,
+            "device": report.device,
+            "mode": report.mode,
+            "prune_ratio": learning.ratio,
+            "prune_ratio_target": plan.ratio_target,
+            "lora_rank": plan.rank,
+            **client_seconds(report),
+            "bytes_down": report.bytes_down,
+            "bytes_up": report.bytes_up,
+            "energy_j": report.energy_joules,
+            "peak_memory_bytes": np.broadcast_to(plan.work.peak_memory_bytes, plan.clients.shape),
+            "outcome": Labels(learning.outcome, np.array(OUTCOME_LABELS)),
+            "loss_before": learning.loss_before,
+            "loss_after": learning.loss_after,
+            "reward": learning.reward,
+        },
+    )
+
+
+def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, host_s: float) -> pa.Table:
+    """The one row of ``rounds``.
+
+    Args:
+        host_s: seconds this computer took for the round.
+    Raises:
+        ValueError: as `client_round_rows`.
+    """
+    _check_clocks(plan, report)
+    duration_s = report.end_s - report.start_s
+    participants = len(plan.clients)
+    values: dict[str, float | int | None] = {
+        "round": plan.round_index,
+        "start_s": report.start_s,
+        "end_s": report.end_s,
+        "duration_s": duration_s,
+        "idle_fraction": idle_fraction(report) if participants * duration_s > 0 else None,
+        "participants": participants,
+        "dropped": int(np.count_nonzero(learning.outcome != Outcome.OK)),
+        "bytes_down": float(np.sum(report.bytes_down)),
+        "bytes_up": float(np.sum(report.bytes_up)),
+        "energy_j": float(np.sum(report.energy_joules)),
+        "prune_ratio_mean": _mean(learning.ratio),
+        "lora_rank_mean": _mean(plan.rank),
+        "accuracy": learning.accuracy,
+        "loss": learning.loss,
+        "accuracy_consensus": learning.accuracy_consensus,
+        "host_s": host_s,
+    }
+    return _table("rounds", {name: [value] for name, value in values.items()})
+
+
+class RecordWriter:
+    """Writes the records of one run.
+
+    Rows wait in memory until `close_part`, or until there are `part_rows` of them. On a resumed run, parts that reach
+    beyond the checkpoint are deleted: their rounds are played again.
+
+    Args:
+        directory: the run directory.
+        records: which tables to write beside ``rounds``.
+        next_round: the round that comes next (a checkpoint's), 0 for a new run.
+        part_rows: see `PART_ROWS`.
+    Raises:
+        RunError: parts before `next_round` are missing, or the folder cannot be written.
+    """
+
+    def __init__(
+        self, directory: Path, records: RecordSettings, next_round: int = 0, part_rows: int = PART_ROWS
+    ) -> None:
+        self._directory = directory
+        self._parts = directory / PARTS
+        wanted = {"rounds": True, "client_rounds": records.client_rounds, "events": records.events}
+        self._tables = tuple(table for table in TABLES if wanted[table])
+        self._next_round = next_round
+        self._part_rows = part_rows
+        self._waiting: dict[str, list[pa.Table]] = {table: [] for table in self._tables}
+        self._waiting_rows = 0
+        with writing(self._parts):
+            self._parts.mkdir(exist_ok=True)
+            for path, _, _, end in list_parts(self._parts):
+                if end > next_round:
+                    path.unlink()
+            for leftover in self._parts.glob(".*.tmp"):
+                leftover.unlink()
+            sync_folder(self._parts)
+        for table in self._tables:
+            self._check_complete(table)
+
+    def append_round(
+        self, plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: EventBlock, host_s: float
+    ) -> None:
+        """Take the rows of one round; written now only if many wait.
+
+        Raises:
+            ValueError: not the round that comes next, or as `client_round_rows`.
+            RunError: as `close_part`.
+        """
+        expected = self._next_round + len(self._waiting["rounds"])
+        if plan.round_index != expected:
+            raise ValueError(f"round {plan.round_index} appended where round {expected} comes next")
+        self._waiting["rounds"].append(round_row(plan, report, learning, host_s))
+        if "client_rounds" in self._waiting:
+            self._waiting["client_rounds"].append(client_round_rows(plan, report, learning))
+        if "events" in self._waiting:
+            self._waiting["events"].append(_table("events", block.columns()))
+        self._waiting_rows += sum(len(tables[-1]) for tables in self._waiting.values())
+        if self._waiting_rows >= self._part_rows or len(self._waiting["rounds"]) >= PART_ROUNDS:
+            self.close_part(plan.round_index + 1)
+
+    def close_part(self, next_round: int) -> None:
+        """Write the waiting rows as ``parts/<table>-<first>-<next_round>.parquet`` (the last round not included).
+
+        Call it just before the checkpoint of the same round: killed in between, the parts are deleted at resume.
+
+        Raises:
+            ValueError: `next_round` is not the round that comes next.
+            RunError: full disk, or a folder that cannot be written.
+        """
+        waiting = len(self._waiting["rounds"])
+        if next_round != self._next_round + waiting:
+            raise ValueError(f"part closed at round {next_round} where round {self._next_round + waiting} comes next")
+        if not waiting:
+            return
+        for table, rows in self._waiting.items():
+            path = self._parts / f"{table}-{self._next_round:06d}-{next_round:06d}.parquet"
+            part = pa.concat_tables(rows)
+            with replacing(path, part.nbytes) as temporary:
+                # Read once and deleted: what is quick to write and read, not what is smallest.
+                pq.write_table(
+                    part,
+                    temporary,
+                    compression="lz4",
+                    row_group_size=ROW_GROUP,
+                    use_dictionary=columns_by_code(table),
+                    write_statistics=False,
+                )
+        self._waiting = {table: [] for table in self._tables}
+        self._waiting_rows = 0
+        self._next_round = next_round
+
+    def join(self) -> None:
+        """Join the parts into ``<table>.parquet``, streaming; the parts stay until `remove_parts`.
+
+        Raises:
+            ValueError: rows are waiting that no part holds yet.
+            RunError: a part is missing or damaged, full disk, or a folder that cannot be written.
+        """
+        if self._waiting["rounds"]:
+            raise ValueError("close_part must come before join")
+        for table in self._tables:
+            self._check_complete(table)
+            paths = [path for path, name, _, _ in list_parts(self._parts) if name == table]
+            with replacing(self._directory / f"{table}.parquet") as temporary:
+                _join(paths, temporary, table)
+
+    def remove_parts(self) -> None:
+        """Delete the parts, once they are joined and the manifest says so."""
+        with writing(self._parts):
+            shutil.rmtree(self._parts)
+
+    def finish(self) -> None:
+        """`join`, then `remove_parts`."""
+        self.join()
+        self.remove_parts()
+
+    def _check_complete(self, table: str) -> None:
+        reached = 0
+        for path, name, start, end in list_parts(self._parts):
+            if name != table:
+                continue
+            if start != reached:
+                raise RunError(
+                    f"records of rounds {reached} to {start - 1} are missing before '{path}': "
+                    "start the run afresh with --force"
+                )
+            _check_readable(path)
+            reached = end
+        if reached != self._next_round:
+            raise RunError(
+                f"records '{table}' of rounds {reached} to {self._next_round - 1} are missing in '{self._parts}': "
+                "start the run afresh with --force"
+            )
+
+
+_PART_NAME = re.compile(r"([a-z_]+)-(\d{6,})-(\d{6,})\.parquet")
+
+
+def list_parts(folder: Path) -> list[tuple[Path, str, int, int]]:
+    """Parts in `folder` as ``(path, table, first round, round after the last)``, by table and round."""
+    if not folder.is_dir():
+        return []
+    matches = [(entry, match) for entry in folder.iterdir() if (match := _PART_NAME.fullmatch(entry.name))]
+    found = [(entry, match[1], int(match[2]), int(match[3])) for entry, match in matches]
+    return sorted(found, key=lambda part: part[1:])
+
+
+def _damaged(path: Path, why: Exception) -> RunError:
+    return RunError(f"records file '{path}' is missing or damaged ({why}): start afresh with --force")
+
+
+def _check_readable(path: Path) -> None:
+    """Refuse a part whose footer cannot be read, before more rounds are spent on a run that could not be joined."""
+    try:
+        pq.ParquetFile(path).close()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _join(paths: Sequence[Path], target: Path, table: str) -> None:
+    """Stream parts into one file of row groups of `ROW_GROUP` rows, wherever the parts end."""
+    schema = schema_of(table)
+    waiting, count = [schema.empty_table()], 0
+    with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=columns_by_code(table)) as writer:
+        for path in paths:
+            try:
+                for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
+                    waiting.append(pa.Table.from_batches([batch]).cast(schema))
+                    count += len(batch)
+                    while count >= ROW_GROUP:
+                        rows = pa.concat_tables(waiting)
+                        writer.write_table(rows.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
+                        waiting, count = [rows.slice(ROW_GROUP)], count - ROW_GROUP
+            except (pa.ArrowInvalid, FileNotFoundError) as error:
+                raise _damaged(path, error) from None
+        if count:
+            writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=ROW_GROUP)
+
+
+def _table(name: str, values: Mapping[str, ArrayLike | Labels | Sequence[Any]]) -> pa.Table:
+    """Arrays as a table in the declared order; NaN becomes null. The numbers are copied: they wait to be written."""
+    arrays = []
+    for column in TABLES[name]:
+        data = values[column.name]
+        if isinstance(data, Labels):
+            arrays.append(pa.array(data.names, pa.string()).take(pa.array(data.codes)))
+        elif column.dtype == "string":
+            arrays.append(pa.array(np.asarray(data), pa.string()))
+        elif column.dtype == "float64":
+            numbers = np.array(data, dtype=np.float64)  # None becomes NaN
+            arrays.append(pa.array(numbers, pa.float64(), from_pandas=True))
+        else:
+            arrays.append(pa.array(np.array(data, dtype=np.int64), pa.int64()))
+    return pa.Table.from_arrays(arrays, schema=schema_of(name))
+
+
+def _mean(values: NDArray[Any]) -> float | None:
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    return float(known.mean()) if known.size else None
+
+
+def _check_clocks(plan: RoundPlan, report: RoundReport) -> None:
+    if not np.array_equal(plan.clients, report.clients):
+        raise ValueError(f"round {plan.round_index}: plan and report name different clients")
+    steps: list[FloatArray | float] = [
+        report.start_s,
+        report.download_start_s,
+        report.download_end_s,
+        report.compute_end_s,
+        report.upload_end_s,
+        report.end_s,
+    ]
+    for before, after in pairwise(steps):
+        ordered = np.asarray(after) >= np.asarray(before)  # False for NaN, too
+        if not ordered.all():
+            client = plan.clients[int(np.argmin(ordered))]
+            raise ValueError(f"round {plan.round_index}: timestamps of client {client} are missing or run backwards")

@@ -1,0 +1,1 @@
+"""One run: configuration, parts, the run itself, progress, trackers."""

@@ -1,0 +1,318 @@
+"""From a configuration to the parts of a run: fleet, clock, data, learner, policy, federation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedsim.contracts.learning import Learner
+from fedsim.control.policies import make_policy
+from fedsim.control.reward import RewardModel
+from fedsim.control.timed import TimedPolicy
+from fedsim.cost.ask import JobSetting, ShapeAsk
+from fedsim.cost.device import DeviceProfile
+from fedsim.cost.shapes import load_shape
+from fedsim.cost.workload import StepSetting, linear_roles
+from fedsim.data.corpus import load_corpus
+from fedsim.data.fingerprint import corpus_hash
+from fedsim.data.labelled import Corpus
+from fedsim.data.partition import partition
+from fedsim.errors import ConfigError
+from fedsim.federation.federation import Federation, Parts
+from fedsim.fleet.fleet import Fleet, load_fleet
+from fedsim.learn.model.linears import target_linears
+from fedsim.learn.standins.surrogate import SurrogateLearner
+from fedsim.learn.standins.surrogate_model import read_surrogate
+from fedsim.learn.standins.timing_only import TimingLearner
+from fedsim.methods.base import Method
+from fedsim.methods.catalogue import method_named
+from fedsim.methods.surrogate_use import check_use, labels_of_use
+from fedsim.rng import Stream, generator
+from fedsim.runner.panel import draw_panel
+from fedsim.settings import Config
+from fedsim.structure import ModelShape, achieved_ratio, kept_counts, largest_ratio
+
+Say = Callable[[str], None]
+
+_STATIC_CRITERIA = ("magnitude", "random")
+_CRITERIA = ("activation_gradient", "lora_guided", *_STATIC_CRITERIA)
+_RULES = ("average_factors", "flexlora", "hetlora", "lowrank", "stack", "zero_pad")
+"""What the registries of `fedsim.learn` hold at first; known here so that timing-only runs need not load torch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A run, ready to start.
+
+    Attributes:
+        controller: the federation's policy, which counts its host seconds.
+        prunable_fraction: share of the learner's weights (blocks, embeddings, head) that can be pruned at all.
+        facts: what the manifest says of model, data, fleet and clock.
+        labels: how far its numbers may be trusted, beside the method's own.
+    """
+
+    config: Config
+    fleet: Fleet
+    federation: Federation
+    controller: TimedPolicy
+    prunable_fraction: float
+    facts: dict[str, object]
+    labels: tuple[str, ...] = ()
+
+
+def ranks_on_offer(rank_max: int) -> tuple[int, ...]:
+    """Powers of two from 2 to `rank_max`: the bandit's rank set [ours; the paper's set is not known]."""
+    return tuple(2**power for power in range(1, rank_max.bit_length()) if 2**power <= rank_max)
+
+
+def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DeviceProfile] | None = None) -> Experiment:
+    """Build every part of a run.
+
+    Args:
+        say: called with a line before each slow step, so that the user sees progress early.
+        perturb: applied to each device profile (a draw from its error bands).
+    Raises:
+        FedsimError: one sentence naming the field, the value and what is allowed.
+    """
+    method = method_named(config.method)
+    fleet = load_fleet(config.fleet, config.cost.precision, config.seed, perturb)
+    corpus = None
+    if config.train.engine not in ("none", "surrogate"):
+        say("reading data")
+        corpus = _with_test_sample(load_corpus(config.data, config.seed), config)
+    labels = _outputs(config, corpus)
+    shape = load_shape(config.model.name, labels)
+    clock_shape = load_shape(config.cost.model, labels) if config.cost.model else shape
+    participants = participants_per_round(config, fleet.clients)
+    _check_shape(config, method, shape)
+    ask = build_ask(config, method, shape, clock_shape)
+
+    facts = _facts(config, fleet, clock_shape)
+    labels_of_learning: list[str] = []
+    learner: Learner
+    if config.train.engine == "surrogate":
+        _check_names(config)
+        learner, more, labels_of_learning = _build_surrogate(config, method, shape, fleet.clients, participants)
+        facts |= more
+    elif corpus is None:
+        _check_names(config)
+        learner = TimingLearner(shape)
+        facts["model"] = {"name": shape.name, "sha256": None}
+        facts["data"] = {"name": None, "sha256": None, "train": 0, "test": 0}
+        labels_of_learning = ["timing only: nothing was trained"]
+    else:
+        learner, more = _build_learner(config, method, corpus, fleet.clients, say)
+        facts |= more
+        facts["data"] = {
+            "name": config.data.path or config.data.name or "synthetic",
+            "sha256": corpus_hash(corpus),
+            "train": len(corpus.train.labels),
+            "test": len(corpus.test.labels),
+            "label_names": list(corpus.label_names),
+        }
+    policy = TimedPolicy(
+        make_policy(
+            config.control,
+            clients=fleet.clients,
+            ask=ask,
+            seed=config.seed,
+            fixed_rank=config.model.lora_rank,
+            expected_time=fleet.expected_seconds,
+            speed_class=fleet.speed_classes(),
+        )
+    )
+    parts = Parts(
+        config=config,
+        method=method,
+        learner=learner,
+        policy=policy,
+        reward=RewardModel(config.reward, fleet.clients),
+        ask=ask,
+        clients=fleet.clients,
+        participants=participants,
+        panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
+        quiet_ask=build_ask(config, method, shape, clock_shape, estimates=False),
+    )
+    fraction = shape.prunable_weights / shape.all_weights
+    return Experiment(config, fleet, Federation(parts), policy, fraction, facts, tuple(labels_of_learning))
+
+
+def _outputs(config: Config, corpus: Corpus | None) -> int:
+    """Outputs of the classifier: two where no data says; none, which is a language model, for ``causal_lm``."""
+    if config.data.task == "causal_lm":
+        return 0
+    return len(corpus.label_names) if corpus else 2
+
+
+def _check_names(config: Config) -> None:
+    """Refuse a misspelt criterion or rule where no learner is built that would."""
+    if config.prune.criterion in _CRITERIA and config.aggregate.rule in _RULES:
+        return
+    from fedsim.learn.merge.rules import find_rule  # heavy, and only a user's own entry needs the registries
+    from fedsim.learn.train.importance import find_criterion
+
+    find_criterion(config.prune.criterion)
+    find_rule(config.aggregate.rule)
+
+
+def _with_test_sample(corpus: Corpus, config: Config) -> Corpus:
+    """The corpus with at most ``evaluate.max_samples`` test sentences, a seeded choice."""
+    limit = config.evaluate.max_samples
+    if limit is None or limit >= len(corpus.test):
+        return corpus
+    rows = generator(config.seed, Stream.TEST_SAMPLE).permutation(len(corpus.test))[:limit]
+    return replace(corpus, test=corpus.test.take(np.sort(rows)))
+
+
+def participants_per_round(config: Config, clients: int) -> int:
+    """Clients a round waits for. Raises ConfigError where the fleet has fewer."""
+    asked = config.server.clients_per_round
+    if asked == "all":
+        return clients
+    if asked > clients:
+        raise ConfigError(
+            f"server.clients_per_round: value {asked} is not allowed (the fleet '{config.fleet.name}' has {clients} "
+            f"clients: 1 to {clients}, or all)"
+        )
+    return asked
+
+
+def _check_shape(config: Config, method: Method, shape: ModelShape) -> None:
+    """Checks of ranks and pruning targets against the learner's widths."""
+    width = min(shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.ffn)
+    if config.model.lora_rank_max > width:
+        raise ConfigError(
+            f"model.lora_rank_max: value {config.model.lora_rank_max} is not allowed (at most {width}, the narrowest "
+            f"layer of {shape.name})"
+        )
+    if not method.prunes:
+        return
+    limit = largest_ratio(shape)
+    if config.prune.selection == "layer_local":
+        # Nearest counts may stray from the asked ratio by half a group of each kind; beyond that it is out of reach.
+        steps = np.arange(1000) / 1000
+        limit = float(steps[_reachable(shape, steps)].max())
+    fields = {"prune.target": config.prune.target}
+    if config.prune.target_scope == "fleet_mean":
+        fields["prune.max_ratio"] = config.prune.max_ratio
+    for field, value in fields.items():
+        reached = bool(_reachable(shape, value)) if config.prune.selection == "layer_local" else value <= limit
+        if not reached:
+            raise ConfigError(
+                f"{field}: value {value} is not allowed (at most {limit:.3f}: one head and one channel stay in every "
+                f"layer of {shape.name})"
+            )
+
+
+def _reachable(shape: ModelShape, ratio: ArrayLike) -> NDArray[np.bool_]:
+    """Whether equal counts in every layer come within half a group of each kind of `ratio`."""
+    heads, channels = kept_counts(shape, ratio)
+    missed = np.asarray(ratio) - achieved_ratio(shape, heads[..., None], channels[..., None])
+    half_group = 0.5 * (shape.weights_per_head_group + shape.weights_per_channel) * shape.layers
+    reachable: NDArray[np.bool_] = missed <= (half_group + 1e-9) / shape.prunable_weights
+    return reachable
+
+
+def build_ask(
+    config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape, estimates: bool = True
+) -> ShapeAsk:
+    """What each arm of a run asks, on the clock's workload.
+
+    Args:
+        estimates: False for rounds in which the method estimates no importance, and so sends no scores either.
+    """
+    cost, train = config.cost, config.train
+    step = StepSetting(
+        batch_size=cost.batch_size or train.batch_size,
+        seq_len=cost.seq_len or train.max_length,
+        precision=cost.precision,
+        tuning="lora",
+        train_top_layers=None,
+        lora_roles=_lora_roles(config, shape, clock_shape),
+    )
+    needs_gradients = method.prunes and estimates and config.prune.criterion not in _STATIC_CRITERIA
+    job = JobSetting(
+        local_steps=train.local_steps,
+        recovery_steps=config.local_recovery_steps if method.prunes else 0,
+        importance_every=config.prune.importance_every if needs_gradients else None,
+        step=step,
+        prunes=method.prunes and estimates,
+    )
+    return ShapeAsk(shape, clock_shape, job, ranks_on_offer(config.model.lora_rank_max))
+
+
+def _lora_roles(config: Config, shape: ModelShape, clock_shape: ModelShape) -> frozenset[str] | None:
+    """Roles of ``model.lora_targets`` (names of the learner's Linears), None for all; refuses misspelt ones."""
+    roles = frozenset(linear.role.value for linear in target_linears(shape, config.model.lora_targets))
+    if roles == linear_roles(shape):
+        return None
+    absent = roles - linear_roles(clock_shape)
+    if absent:
+        raise ConfigError(
+            f"model.lora_targets: value {config.model.lora_targets!r} is not allowed with the clock's model "
+            f"'{clock_shape.name}', which has no {', '.join(sorted(absent))} (allowed: 'all', or name a cost.model "
+            "that has it)"
+        )
+    return roles
+
+
+def _build_learner(
+    config: Config, method: Method, corpus: Corpus, clients: int, say: Say
+) -> tuple[Learner, dict[str, object]]:
+    parts = partition(corpus.train, config.data, clients, config.seed)
+    say("loading torch and the model")
+    from fedsim.learn.assemble import build_learner  # heavy: only runs that train pay for it
+
+    learner = build_learner(config, method.prunes, corpus, parts)
+    model = {"name": config.model.name, "sha256": learner.weights_sha256}
+    return learner, {"model": model, **learner.facts}
+
+
+def _build_surrogate(
+    config: Config, method: Method, shape: ModelShape, clients: int, participants: int
+) -> tuple[Learner, dict[str, object], list[str]]:
+    """The learner, the manifest's facts and labels. The file's hash stands for the data: a run is resumed with it."""
+    assert config.train.surrogate is not None  # checked with the configuration
+    model, sha256 = read_surrogate(config.train.surrogate)
+    check_use(model, config, method)
+    fixed = config.control.policy == "uniform"
+    ranks = (config.model.lora_rank,) if fixed else ranks_on_offer(config.model.lora_rank_max)
+    source = model.source
+    facts: dict[str, object] = {
+        "model": {"name": shape.name, "sha256": None},
+        "data": {"name": f"surrogate of {source.data}", "sha256": sha256, "train": 0, "test": 0},
+        "surrogate": {
+            "file": config.train.surrogate,
+            "sha256": sha256,
+            "source": source.model_dump(mode="json"),
+            "quality": {name: one.model_dump(mode="json") for name, one in model.quality.items()},
+            "notes": model.notes,
+        },
+    }
+    labels = labels_of_use(model, config, method, participants, ranks)
+    return SurrogateLearner(model, shape, clients, config.seed), facts, labels
+
+
+def _facts(config: Config, fleet: Fleet, clock_shape: ModelShape) -> dict[str, object]:
+    classes, counts = np.unique(fleet.device_of, return_counts=True)
+    cost, train = config.cost, config.train
+    clock = {
+        "model": clock_shape.name,
+        "batch_size": cost.batch_size or train.batch_size,
+        "seq_len": cost.seq_len or train.max_length,
+        "precision": cost.precision,
+    }
+    clock["label"] = (
+        f"clock: {clock['model']}, batch {clock['batch_size']} x {clock['seq_len']} tokens, {clock['precision']}"
+    )
+    return {
+        "fleet": {
+            "name": config.fleet.name,
+            "clients": fleet.clients,
+            "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
+        },
+        "clock": clock,
+    }

@@ -1,0 +1,1 @@
+"""What is asked of finished runs: comparison, diagnosis, regret, surrogate fits, exports."""

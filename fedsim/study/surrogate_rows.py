@@ -1,0 +1,200 @@
+"""What a surrogate is fitted to: the rows of a finished run, with the inputs that its records do not state outright.
+
+Three things are recovered by playing the records again: each client's ratio when its job began, the fleet's mean
+squared ratio at each evaluation, and the LoRA importance, which is not recorded but stands in the reward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.control.reward import RewardModel
+from fedsim.control.schedule import default_step_max
+from fedsim.errors import RunError
+from fedsim.methods.catalogue import method_named
+from fedsim.records.reader import Run
+from fedsim.runner.config import build_config
+from fedsim.settings import Config
+
+LEAST_ROWS = 30
+LEAST_ROUNDS = 4
+LEAST_EVALUATIONS = 5
+"""Four coefficients describe each tested quantity; fewer evaluations leave nothing over to judge them by."""
+
+_PHASES = ("wait_s", "download_s", "compute_s", "upload_s")
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class SourceRows:
+    """A run as the fit sees it. Shape (N,) over trained client rounds, (E,) over evaluations, (R,) over rounds.
+
+    Attributes:
+        round_index, client, rank, dose, ratio_start, ratio, loss_before, loss_after: per trained job; `dose` is
+            relative to the first round's, ratios are achieved ones.
+        importance: over the largest of the round; NaN where it cannot be told.
+        round_dose: dose of each round.
+        evaluated: rounds with evaluation; accuracy, loss, accuracy_consensus: what was measured.
+        mean_square_ratio: the fleet's, at each evaluation.
+        first_dose: the first round's learning rate x local steps.
+    """
+
+    config: Config
+    round_index: IntArray
+    client: IntArray
+    rank: IntArray
+    dose: FloatArray
+    ratio_start: FloatArray
+    ratio: FloatArray
+    loss_before: FloatArray
+    loss_after: FloatArray
+    importance: FloatArray
+    round_dose: FloatArray
+    participants: IntArray
+    evaluated: IntArray
+    accuracy: FloatArray
+    loss: FloatArray
+    accuracy_consensus: FloatArray
+    mean_square_ratio: FloatArray
+    first_dose: float
+
+
+def source_rows(run: Run) -> SourceRows:
+    """Read and check a run.
+
+    Raises:
+        RunError: unfinished, not trained (timing only or a surrogate itself), without client records, or too short.
+    """
+    where = f"run '{run.path}'"
+    if not run.finished:
+        raise RunError(f"{where} is unfinished; a surrogate is fitted to a finished run (go on with --resume)")
+    engine = str((run.config.get("train") or {}).get("engine"))
+    if "surrogate" in (engine, run.manifest.get("engine")):
+        raise RunError(f"{where} is itself a surrogate run; a surrogate is fitted to a run that was trained")
+    if "none" in (engine, run.manifest.get("engine")):
+        raise RunError(f"{where} is timing only (train.engine none); a surrogate is fitted to a run that was trained")
+    if not run.has("client_rounds"):
+        raise RunError(f"{where} has no client_rounds (records.client_rounds: false); a surrogate needs their losses")
+    config = build_config(run.config)
+    rounds, table = run.rounds, run.client_rounds.sort_values(["round", "client"], ignore_index=True)
+    trained = (table["outcome"] == "ok") & np.isfinite(table["loss_before"]) & np.isfinite(table["loss_after"])
+    tested = rounds.dropna(subset=["accuracy", "loss", "accuracy_consensus"])
+    for what, count, least in (
+        ("rounds", len(rounds), LEAST_ROUNDS),
+        ("trained client rounds", int(trained.sum()), LEAST_ROWS),
+        ("evaluations", len(tested), LEAST_EVALUATIONS),
+    ):
+        if count < least:
+            raise RunError(f"{where} has {count} {what}; a surrogate needs at least {least}")
+
+    clients = int((run.manifest.get("fleet") or {}).get("clients", table["client"].max() + 1))
+    table["ratio"], table["ratio_before"], table["asked_before"], square = _replayed(run, table, trained, clients)
+    importance = _importance(config, table, trained, clients)
+    train = config.train
+    index = np.arange(len(rounds))
+    decay = 1.0 - index / config.server.rounds if train.schedule == "linear" else np.ones(len(rounds))
+    own = table[trained]
+    number = own["round"].to_numpy(dtype=np.int64)
+    evaluated = tested["round"].to_numpy(dtype=np.int64)
+    return SourceRows(
+        config=config,
+        round_index=number,
+        client=own["client"].to_numpy(dtype=np.int64),
+        rank=own["lora_rank"].to_numpy(dtype=np.int64),
+        dose=decay[number],
+        ratio_start=np.minimum(own["ratio_before"], own["ratio"]).to_numpy(),
+        ratio=own["ratio"].to_numpy(),
+        loss_before=own["loss_before"].to_numpy(),
+        loss_after=own["loss_after"].to_numpy(),
+        importance=importance[trained.to_numpy()],
+        round_dose=decay,
+        participants=rounds["participants"].to_numpy(dtype=np.int64),
+        evaluated=evaluated,
+        accuracy=tested["accuracy"].to_numpy(),
+        loss=tested["loss"].to_numpy(),
+        accuracy_consensus=tested["accuracy_consensus"].to_numpy(),
+        mean_square_ratio=square[evaluated],
+        first_dose=train.learning_rate * train.local_steps,
+    )
+
+
+def _replayed(
+    run: Run, table: pd.DataFrame, trained: pd.Series, clients: int
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Ratio after the job, achieved and asked ratio before it (N,), and the fleet's mean squared ratio by round (R,).
+
+    The last round's record holds the ratio after the final cut, which its losses never saw: there the asked one stands
+    in. Clients outside the last round are taken to have been cut to the fleet's mean.
+    """
+    last = len(run.rounds) - 1
+    in_last = (table["round"] == last).to_numpy()
+    after = np.where(in_last, table["prune_ratio_target"], table["prune_ratio"])
+    before, asked_before = np.zeros(len(table)), np.zeros(len(table))
+    achieved, asked, square = np.zeros(clients), np.zeros(clients), np.zeros(last + 1)
+    good = trained.to_numpy()
+    for number, places in table.groupby("round").indices.items():
+        who = table["client"].to_numpy()[places]
+        before[places], asked_before[places] = achieved[who], asked[who]
+        kept = good[places]
+        achieved[who[kept]] = after[places[kept]]
+        asked[who[kept]] = table["prune_ratio_target"].to_numpy()[places[kept]]
+        square[int(number)] = float(np.mean(achieved**2))
+    final = np.full(clients, float((run.manifest.get("final_prune_ratio") or {}).get("mean", achieved.mean())))
+    cut = table[in_last & good]
+    final[cut["client"]] = cut["prune_ratio"]
+    square[last] = float(np.mean(final**2))
+    return after, before, asked_before, square
+
+
+def _importance(config: Config, table: pd.DataFrame, trained: pd.Series, clients: int) -> FloatArray:
+    """Importance over the largest of its round, (N,), recovered from the rewards; NaN where they do not tell it.
+
+    The reward is linear in it: played again with an importance of one for all, the difference to the recorded reward is
+    what the importance lacks to one, times a known factor. Where that yields anything but numbers in [0, 1] with one in
+    each round, the rewards were not made this way, and nothing is said.
+    """
+    unknown = np.full(len(table), np.nan)
+    reward, method = config.reward, method_named(config.method)
+    weights = reward.weights
+    if reward.kind != "product" or weights[2] <= 0 or reward.time_share >= 1:
+        return unknown
+    asked = config.server.clients_per_round
+    step_max = config.prune.max_step or default_step_max(
+        config.prune_warmup_rounds,
+        config.prune_end_round,
+        config.prune.target,
+        clients=clients,
+        participants_per_round=clients if asked == "all" else asked,
+    )
+    target = config.prune.target if method.prunes else 0.0
+    model, found = RewardModel(reward, clients), unknown.copy()
+    for places in table.groupby("round").indices.values():
+        rows, here = table.iloc[places], trained.to_numpy()[places]
+        if not here.any():
+            continue
+        time_s = rows[list(_PHASES)].sum(axis=1).to_numpy()
+        before = rows["asked_before"].to_numpy()
+        at_one = model.compute(
+            loss_before=rows["loss_before"],
+            loss_after=rows["loss_after"],
+            ratio_before=before,
+            ratio=rows["prune_ratio_target"],
+            step_max=step_max,
+            target=target,
+            lora_importance=np.ones(len(rows)),
+            time_s=time_s,
+            arrived=here,
+        )
+        mean_s = time_s[here].mean()
+        bracket = 1.0 + reward.time_penalty * np.abs(time_s - mean_s) / mean_s
+        in_use = weights[0] + weights[1] * (before < target - 1e-9) + weights[2]
+        factor = (1.0 - reward.time_share) * weights[2] / in_use / bracket
+        found[places] = np.where(here, 1.0 - (at_one - rows["reward"].to_numpy()) / factor, np.nan)
+    largest = pd.Series(found).groupby(table["round"]).max().dropna()
+    known = found[~np.isnan(found)]
+    sound = np.all((known > -_TOLERANCE) & (known < 1 + _TOLERANCE)) and np.all(np.abs(largest - 1) < _TOLERANCE)
+    return found if sound else unknown
