@@ -16,7 +16,7 @@ import numpy as np
 from fedsim.bench.measure import BenchError, Check, Findings, Row, Skipped, Target, in_turn, rate_row
 from fedsim.bench.options import Options
 from fedsim.contracts.common import IntArray
-from fedsim.contracts.control import Work
+from fedsim.contracts.control import Rewards, Work
 from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
 from fedsim.fleet.fleet import Fleet, load_fleet
 from fedsim.runner.build import build
@@ -42,13 +42,16 @@ class _SamePlan:
         """Jobs of a second or so."""
         ones = np.ones(len(clients))
         work = Work(1e12 * ones, 1e9 * ones, 1e3 * ones, 1e9 * ones, 1e6 * ones, 1e6 * ones)
-        return RoundPlan(round_index, clients, 0.0 * ones, 0.0 * ones, np.full(len(clients), 8), work)
+        return RoundPlan(
+            round_index, clients, 0.0 * ones, 0.0 * ones, np.full(len(clients), 8), work, 0 * clients, 0 * clients
+        )
 
     def close_round(self, report: RoundReport) -> RoundLearning:
         """Nothing."""
         nothing = np.full(len(report.clients), np.nan)
         ratio = np.zeros(len(report.clients))
-        return RoundLearning(ratio, nothing, nothing, nothing, report.outcome, None, None, None)
+        rewards = Rewards.none(len(report.clients))
+        return RoundLearning(ratio, nothing, nothing, nothing, rewards, report.outcome, None, None, None)
 
 
 def measure_simulator(options: Options, say: Callable[[str], None]) -> Findings:

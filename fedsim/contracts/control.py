@@ -113,6 +113,31 @@ class Feedback:
     reward: FloatArray
 
 
+@dataclass(frozen=True, eq=False)
+class Rewards:
+    """Rewards of one round and what they were made of, shape (P,).
+
+    Attributes:
+        reward: in [0, 1]; NaN where nothing was trained.
+        loss: relative loss reduction over its running 90th percentile, in [0, 1].
+        progress: rise of the asked ratio over the largest allowed, in [0, 1].
+        importance: LoRA importance over the largest of the round, in [0, 1].
+        time: the factor in (0, 1] that punishes a time far from the round's mean.
+            A term is NaN where it was out of use, for one client or for all.
+    """
+
+    reward: FloatArray
+    loss: FloatArray
+    progress: FloatArray
+    importance: FloatArray
+    time: FloatArray
+
+    @classmethod
+    def none(cls, count: int) -> Rewards:
+        """Of `count` clients from which nothing came."""
+        return cls(*(np.full(count, np.nan) for _ in range(5)))
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Chooses arms for the participants of a round; its state is arrays over all clients."""

@@ -12,12 +12,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedsim.contracts.common import FloatArray, IntArray, Labels
-from fedsim.contracts.control import Work
+from fedsim.contracts.control import Rewards, Work
 
 
 @dataclass(frozen=True, eq=False)
 class RoundPlan:
-    """What the server dispatches in one round, shape (P,)."""
+    """What the server dispatches in one round, shape (P,).
+
+    Attributes:
+        flight: how many times each client was sent off before.
+        steps: local steps of each job.
+    """
 
     round_index: int
     clients: IntArray
@@ -25,6 +30,8 @@ class RoundPlan:
     ratio_target: FloatArray
     rank: IntArray
     work: Work
+    flight: IntArray
+    steps: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +66,8 @@ class RoundLearning:
 
     Attributes:
         ratio: achieved cumulative pruning ratio.
+        lora_importance: mean of |B * grad B| over each client's LoRA.
+        rewards: the bandit's reward and its terms.
         outcome: codes of `Outcome`: the report's, with ``NON_FINITE`` where training failed.
         accuracy, loss, accuracy_consensus: of the new global model; None in rounds without evaluation.
     """
@@ -66,7 +75,8 @@ class RoundLearning:
     ratio: FloatArray
     loss_before: FloatArray
     loss_after: FloatArray
-    reward: FloatArray
+    lora_importance: FloatArray
+    rewards: Rewards
     outcome: IntArray
     accuracy: float | None
     loss: float | None

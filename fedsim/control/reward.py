@@ -17,10 +17,13 @@ timing only counts every reduction as 1.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fedsim.contracts.common import FloatArray, State
+from fedsim.contracts.control import Rewards
 from fedsim.control.quantile import RunningQuantile
 from fedsim.settings import RewardSettings
 
@@ -54,8 +57,10 @@ class RewardModel:
         lora_importance: ArrayLike,
         time_s: ArrayLike,
         arrived: ArrayLike,
-    ) -> FloatArray:
-        """Rewards of one round, in [0, 1], NaN where not `arrived`.
+    ) -> Rewards:
+        """Rewards of one round, in [0, 1], and their terms; all NaN where not `arrived`.
+
+        The terms are those of ``product``; the value of ``fedmp`` has none.
 
         Args:
             loss_before, loss_after: on the client's probe batch, NaN where nothing was trained, shape (P,).
@@ -69,9 +74,8 @@ class RewardModel:
         here = np.asarray(arrived, dtype=bool)
         before = np.where(here, np.asarray(loss_before, dtype=np.float64), np.nan)
         after = np.where(here, np.asarray(loss_after, dtype=np.float64), np.nan)
-        reward = np.full(here.shape, np.nan)
         if not here.any():
-            return reward
+            return Rewards.none(here.size)
         time = np.asarray(time_s, dtype=np.float64)
         mean_time = float(time[here].mean())
         if not (np.isfinite(mean_time) and mean_time > 0):
@@ -82,14 +86,13 @@ class RewardModel:
             drop = np.where(here, 1.0, np.nan) if np.isnan(drop).all() else drop
             value = self._normalised(drop / np.maximum(gap, _FEDMP_LEAST_GAP * mean_time))
             value = np.where(np.isfinite(value), value, 0.0)
-        else:
-            relative = np.divide(drop, before, out=np.full(before.shape, np.nan), where=before > _LEAST_LOSS)
-            progress = self._progress(ratio_before, ratio, step_max, target, here.shape)
-            learning = self._learning(relative, progress, np.asarray(lora_importance, dtype=np.float64), here)
-            share = self._settings.time_share
-            value = (share + (1.0 - share) * learning) / (1.0 + self._settings.time_penalty * gap / mean_time)
-        reward[here] = value[here]
-        return reward
+            return replace(Rewards.none(here.size), reward=np.where(here, value, np.nan))
+        relative = np.divide(drop, before, out=np.full(before.shape, np.nan), where=before > _LEAST_LOSS)
+        progress = self._progress(ratio_before, ratio, step_max, target, here.shape)
+        terms = self._terms(relative, progress, np.asarray(lora_importance, dtype=np.float64), here)
+        share, bracket = self._settings.time_share, 1.0 + self._settings.time_penalty * gap / mean_time
+        value = (share + (1.0 - share) * self._learning(terms)) / bracket
+        return Rewards(*(np.where(here, column, np.nan) for column in (value, *terms, 1.0 / bracket)))
 
     def _progress(
         self, ratio_before: ArrayLike, ratio: ArrayLike, step_max: ArrayLike, target: ArrayLike, shape: tuple[int, ...]
@@ -100,20 +103,23 @@ class RewardModel:
         rise = np.asarray(ratio, dtype=np.float64) - before
         return np.clip(np.divide(rise, step, out=np.full(shape, np.nan), where=in_use), 0.0, 1.0)
 
-    def _learning(
+    def _terms(
         self, relative: FloatArray, progress: FloatArray, importance: FloatArray, here: np.ndarray
     ) -> FloatArray:
-        """Weighted mean of the terms in use, per client; 1 where none is."""
+        """The learning terms, (3, P); none of them is in use where no client has a loss."""
         if np.isnan(relative).all():
-            return np.ones(here.shape)
+            return np.full((3, *here.shape), np.nan)
         importance = np.where(here & np.isfinite(importance), importance, np.nan)
         largest = float(np.fmax.reduce(importance))
         share = importance / largest if largest > 0 else np.full(here.shape, np.nan)
-        terms = np.stack([self._normalised(relative), progress, np.clip(share, 0.0, 1.0)])
+        return np.stack([self._normalised(relative), progress, np.clip(share, 0.0, 1.0)])
+
+    def _learning(self, terms: FloatArray) -> FloatArray:
+        """Weighted mean of the terms in use, per client; 1 where none is."""
         weights = np.asarray(self._settings.weights)[:, None] * ~np.isnan(terms)
         total = weights.sum(axis=0)
         weighted = (weights * np.nan_to_num(terms)).sum(axis=0)
-        return np.divide(weighted, total, out=np.ones(here.shape), where=total > 0)
+        return np.divide(weighted, total, out=np.ones(total.shape), where=total > 0)
 
     def _normalised(self, values: FloatArray) -> FloatArray:
         """Values over the 90th percentile of the window, this round's included, clipped to [0, 1]; NaN stays."""

@@ -31,6 +31,7 @@ from fedsim.errors import ConfigError
 from fedsim.federation.broadcast import Broadcast, broadcast_of
 from fedsim.federation.round_ask import RoundAsk
 from fedsim.methods.base import Method
+from fedsim.methods.rates import learning_rate
 from fedsim.settings import Config
 
 _RATIO_SLACK = 1e-6
@@ -77,6 +78,7 @@ class Federation:
         # Clients may give up LoRA components of their own accord (rank self-pruning); they are offered no more since.
         self._rank_limit = np.full(parts.clients, parts.config.model.lora_rank_max, dtype=np.int64)
         self._broadcast = broadcast_of(parts.config.aggregate.rule, parts.clients)
+        self._flights = np.zeros(parts.clients, dtype=np.int64)  # how often each client was sent off
         self._tickets: IntArray | None = None
         self._results: LocalResults | None = None  # trained before the clock needed them (global selection)
         self._plan: RoundPlan | None = None
@@ -93,8 +95,17 @@ class Federation:
         ratio = np.clip(arms.ratio, context.ratio_low, context.ratio_high)
         rank = np.minimum(arms.rank, self._rank_limit[clients])
         ask = self.round_ask(round_index, clients)
-        plan = RoundPlan(round_index, clients, before, ratio, rank, ask.work(before, ratio, rank))
-        rate = self._learning_rate(round_index)
+        plan = RoundPlan(
+            round_index,
+            clients,
+            before,
+            ratio,
+            rank,
+            ask.work(before, ratio, rank),
+            flight=self._flights[clients],
+            steps=np.full(len(clients), parts.config.train.local_steps),
+        )
+        self._flights[clients] += 1
         iterative = parts.method.prunes and parts.method.iterative
         prune = iterative and round_index >= parts.config.prune_warmup_rounds
         self._tickets = parts.learner.submit(
@@ -106,7 +117,7 @@ class Federation:
                 prune=prune,
                 local_steps=parts.config.train.local_steps,
                 recovery_steps=parts.config.local_recovery_steps if parts.method.prunes else 0,
-                learning_rate=rate,
+                learning_rate=learning_rate(parts.method, parts.config, round_index),
                 estimate=parts.method.estimates(round_index, parts.config),
             )
         )
@@ -138,12 +149,13 @@ class Federation:
         loss_before = _spread(results.loss_before, arrived)
         loss_after = _spread(results.loss_after, arrived)
         time_s = np.where(arrived, report.upload_end_s - report.start_s, np.nan)
-        reward = parts.reward.compute(
+        importance = _spread(results.lora_importance, arrived)
+        rewards = parts.reward.compute(
             loss_before=loss_before,
             loss_after=loss_after,
             ratio_before=plan.ratio_before,
             ratio=plan.ratio_target,
-            lora_importance=_spread(results.lora_importance, arrived),
+            lora_importance=importance,
             time_s=time_s,
             arrived=trained,
             step_max=self._step_max,
@@ -159,7 +171,7 @@ class Federation:
                 work=plan.work,
                 time_s=time_s,
                 arrived=arrived,
-                reward=reward,
+                reward=rewards.reward,
             )
         )
         last = self._is_last(report)
@@ -172,7 +184,8 @@ class Federation:
             ratio=self._achieved[plan.clients],
             loss_before=loss_before,
             loss_after=loss_after,
-            reward=reward,
+            lora_importance=importance,
+            rewards=rewards,
             outcome=outcome,
             accuracy=evaluation.accuracy if evaluation else None,
             loss=evaluation.loss if evaluation else None,
@@ -207,6 +220,7 @@ class Federation:
             "federation.asked": self._asked,
             "federation.achieved": self._achieved,
             "federation.rank_limit": self._rank_limit,
+            "federation.flights": self._flights,
         }
         for name, part in self._stateful():
             state.update({f"{name}.{key}": value for key, value in part.state().items()})
@@ -217,6 +231,7 @@ class Federation:
         self._asked = np.array(state["federation.asked"])
         self._achieved = np.array(state["federation.achieved"])
         self._rank_limit = np.array(state["federation.rank_limit"])
+        self._flights = np.array(state["federation.flights"])
         for name, part in self._stateful():
             prefix = f"{name}."
             part.restore({key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)})
@@ -279,12 +294,6 @@ class Federation:
         server = self._parts.config.server
         out_of_time = server.time_budget_s is not None and report.end_s >= server.time_budget_s
         return out_of_time or report.round_index == server.rounds - 1
-
-    def _learning_rate(self, round_index: int) -> float:
-        """Linear decay over the rounds, so that the last round still learns a little."""
-        train, rounds = self._parts.config.train, self._parts.config.server.rounds
-        decay = 1.0 - round_index / rounds if train.schedule == "linear" else 1.0
-        return train.learning_rate * decay * self._parts.method.learns(round_index, self._parts.config)
 
     def _cut_to_target(self) -> None:
         prune = self._parts.config.prune

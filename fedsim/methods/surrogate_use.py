@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from fedsim.control.schedule import ratio_cap
 from fedsim.errors import ConfigError
 from fedsim.learn.standins.surrogate_model import SurrogateModel
 from fedsim.methods.base import Method
+from fedsim.methods.rates import rate_shares
 from fedsim.settings import Config
 
 DEPENDS_ON = (
@@ -72,9 +71,8 @@ def labels_of_use(
         participants: clients of a round.
         ranks: the ranks that the policy may choose.
     """
-    seen, rounds = model.seen, np.arange(config.server.rounds)
-    decay = 1.0 - rounds / config.server.rounds if config.train.schedule == "linear" else np.ones(len(rounds))
-    dose = float(decay.sum()) * config.train.learning_rate * config.train.local_steps / model.first_dose
+    seen, shares = model.seen, rate_shares(method, config, config.server.rounds)
+    dose = float(shares.sum()) * config.train.learning_rate * config.train.local_steps / model.first_dose
     beyond = [
         f"{what} {_span(low, high)} (fitted on {_span(*known)})"
         for what, low, high, known in (

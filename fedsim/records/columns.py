@@ -54,12 +54,18 @@ ROUNDS = (
 
 CLIENT_ROUNDS = (
     Column("round", "int64", "", "round, from 0"),
+    Column("flight", "int64", "", "how many times this client was sent off before"),
     Column("client", "int64", "", "client, from 0"),
+    Column("version", "int64", "", "merges that the global state it was sent had seen"),
+    Column("staleness", "int64", "", "merges between its dispatch and its own: the version merged into - version"),
+    Column("dispatch_s", "float64", "s", "simulated time at which it was sent off"),
     Column("device", "string", "", "device class"),
     Column("mode", "string", "", "power mode in this round"),
+    Column("ratio_before", "float64", "", "the ratio last asked of this client before"),
     Column("prune_ratio", "float64", "", "removed / all prunable weights, achieved after the round"),
     Column("prune_ratio_target", "float64", "", "the same, as asked for this round"),
     Column("lora_rank", "int64", "", "LoRA rank in this round"),
+    Column("local_steps", "int64", "", "local steps of the job"),
     Column("wait_s", "float64", "s", "from the opening of the round to the start of download"),
     Column("download_s", "float64", "s", "download"),
     Column("compute_s", "float64", "s", "local tuning, importance and pruning"),
@@ -72,6 +78,16 @@ CLIENT_ROUNDS = (
     Column("outcome", "string", "", f"one of {', '.join(OUTCOME_LABELS)}"),
     Column("loss_before", "float64", "", "loss on the client's fixed probe batch before the job; null if not trained"),
     Column("loss_after", "float64", "", "the same after the job; null if not trained"),
+    Column(
+        "lora_importance",
+        "float64",
+        "",
+        "mean absolute value of B * grad B over the client's LoRA; null if not trained",
+    ),
+    Column("reward_loss", "float64", "", "the reward's term of loss reduction, in [0, 1]; null if out of use"),
+    Column("reward_progress", "float64", "", "the reward's term of pruning progress, in [0, 1]; null if out of use"),
+    Column("reward_importance", "float64", "", "the reward's term of LoRA importance, in [0, 1]; null if out of use"),
+    Column("reward_time", "float64", "", "the reward's factor for time, in (0, 1]; null if out of use"),
     Column("reward", "float64", "", "the bandit's reward, in [0, 1]; null if nothing arrived"),
 )
 
@@ -86,7 +102,7 @@ EVENTS = (
 TABLES: Mapping[str, tuple[Column, ...]] = {"rounds": ROUNDS, "client_rounds": CLIENT_ROUNDS, "events": EVENTS}
 """Every table of a run, by the name of its file without ``.parquet``."""
 
-_DICTIONARY = frozenset({"round", "lora_rank"})
+_DICTIONARY = frozenset({"round", "flight", "version", "staleness", "dispatch_s", "lora_rank", "local_steps"})
 """Numbers of few kinds, which are stored by code as strings are; for others the attempt only takes time."""
 
 _ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}

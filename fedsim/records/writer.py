@@ -58,12 +58,13 @@ def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearn
         "client_rounds",
         {
             "round": np.full(len(plan.clients), plan.round_index),
-            "client": plan.clients,
+            **_flight_columns(plan, report),
             "device": report.device,
             "mode": report.mode,
             "prune_ratio": learning.ratio,
             "prune_ratio_target": plan.ratio_target,
             "lora_rank": plan.rank,
+            "local_steps": plan.steps,
             **client_seconds(report),
             "bytes_down": report.bytes_down,
             "bytes_up": report.bytes_up,
@@ -72,9 +73,28 @@ def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearn
             "outcome": Labels(learning.outcome, np.array(OUTCOME_LABELS)),
             "loss_before": learning.loss_before,
             "loss_after": learning.loss_after,
-            "reward": learning.reward,
+            "lora_importance": learning.lora_importance,
+            "reward_loss": learning.rewards.loss,
+            "reward_progress": learning.rewards.progress,
+            "reward_importance": learning.rewards.importance,
+            "reward_time": learning.rewards.time,
+            "reward": learning.rewards.reward,
         },
     )
+
+
+def _flight_columns(plan: RoundPlan, report: RoundReport) -> dict[str, NDArray[Any]]:
+    """What says which flight a row is. In a synchronous round all leave at its opening and are merged at its close."""
+    same = np.ones(len(plan.clients), dtype=np.int64)
+    version, merged_into = plan.round_index * same, report.round_index * same
+    return {
+        "flight": plan.flight,
+        "client": plan.clients,
+        "version": version,
+        "staleness": merged_into - version,
+        "dispatch_s": report.start_s * same,
+        "ratio_before": plan.ratio_before,
+    }
 
 
 def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, host_s: float) -> pa.Table:

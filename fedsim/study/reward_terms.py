@@ -110,7 +110,7 @@ def _loss(settings: RewardSettings, rows: pd.DataFrame, good: pd.Series, clients
             lora_importance=np.zeros(len(places)),
             time_s=np.ones(len(places)),
             arrived=here[places],
-        )
+        ).reward
     return np.where(before > _LEAST_LOSS, found, np.nan)
 
 

@@ -16,6 +16,7 @@ from fedsim.control.reward import RewardModel
 from fedsim.control.schedule import default_step_max
 from fedsim.errors import RunError
 from fedsim.methods.catalogue import method_named
+from fedsim.methods.rates import rate_shares
 from fedsim.records.reader import Run
 from fedsim.runner.config import build_config
 from fedsim.settings import Config
@@ -35,12 +36,12 @@ class SourceRows:
 
     Attributes:
         round_index, client, rank, dose, ratio_start, ratio, loss_before, loss_after: per trained job; `dose` is
-            relative to the first round's, ratios are achieved ones.
+            relative to that of a round at the full rate, ratios are achieved ones.
         importance: over the largest of the round; NaN where it cannot be told.
         round_dose: dose of each round.
         evaluated: rounds with evaluation; accuracy, loss, accuracy_consensus: what was measured.
         mean_square_ratio: the fleet's, at each evaluation.
-        first_dose: the first round's learning rate x local steps.
+        first_dose: full learning rate x local steps.
     """
 
     config: Config
@@ -95,8 +96,7 @@ def source_rows(run: Run) -> SourceRows:
     table["ratio"], table["ratio_before"], table["asked_before"], square = _replayed(run, table, trained, clients)
     importance = _importance(config, table, trained, clients)
     train = config.train
-    index = np.arange(len(rounds))
-    decay = 1.0 - index / config.server.rounds if train.schedule == "linear" else np.ones(len(rounds))
+    shares = rate_shares(method_named(config.method), config, len(rounds))
     own = table[trained]
     number = own["round"].to_numpy(dtype=np.int64)
     evaluated = tested["round"].to_numpy(dtype=np.int64)
@@ -105,13 +105,13 @@ def source_rows(run: Run) -> SourceRows:
         round_index=number,
         client=own["client"].to_numpy(dtype=np.int64),
         rank=own["lora_rank"].to_numpy(dtype=np.int64),
-        dose=decay[number],
+        dose=shares[number],
         ratio_start=np.minimum(own["ratio_before"], own["ratio"]).to_numpy(),
         ratio=own["ratio"].to_numpy(),
         loss_before=own["loss_before"].to_numpy(),
         loss_after=own["loss_after"].to_numpy(),
         importance=importance[trained.to_numpy()],
-        round_dose=decay,
+        round_dose=shares,
         participants=rounds["participants"].to_numpy(dtype=np.int64),
         evaluated=evaluated,
         accuracy=tested["accuracy"].to_numpy(),
@@ -188,7 +188,7 @@ def _importance(config: Config, table: pd.DataFrame, trained: pd.Series, clients
             lora_importance=np.ones(len(rows)),
             time_s=time_s,
             arrived=here,
-        )
+        ).reward
         mean_s = time_s[here].mean()
         bracket = 1.0 + reward.time_penalty * np.abs(time_s - mean_s) / mean_s
         in_use = weights[0] + weights[1] * (before < target - 1e-9) + weights[2]

@@ -13,6 +13,10 @@ NAN = float("nan")
 
 
 def _round(model, size=4, **changed):
+    return _rewards(model, size, **changed).reward
+
+
+def _rewards(model, size=4, **changed):
     values = {
         "loss_before": np.full(size, 1.0),
         "loss_after": np.full(size, 0.8),
@@ -54,7 +58,7 @@ ratios = arrays(np.float64, 6, elements=st.floats(0.0, 0.9))
 def test_reward_is_in_the_unit_interval_exactly_where_clients_arrived(kind, share, kappa, weights, rounds):
     model = RewardModel(RewardSettings(kind=kind, time_share=share, time_penalty=kappa, weights=weights), clients=6)
     for before, after, ratio_before, ratio, importance, time_s, arrived in rounds:
-        reward = _round(
+        rewards = _rewards(
             model,
             6,
             loss_before=before,
@@ -65,7 +69,10 @@ def test_reward_is_in_the_unit_interval_exactly_where_clients_arrived(kind, shar
             time_s=np.where(arrived, time_s, NAN),
             arrived=arrived,
         )
-        assert np.isnan(reward[~arrived]).all()
+        reward = rewards.reward
+        for column in (rewards.loss, rewards.progress, rewards.importance, rewards.time, reward):
+            assert np.isnan(column[~arrived]).all()
+            assert ((column >= 0.0) & (column <= 1.0) | np.isnan(column)).all()
         assert (reward[arrived] >= 0.0).all()
         assert (reward[arrived] <= 1.0).all()
 
@@ -73,7 +80,7 @@ def test_reward_is_in_the_unit_interval_exactly_where_clients_arrived(kind, shar
 def test_formula_by_hand():
     model = RewardModel(RewardSettings(time_share=0.5, time_penalty=2.0), clients=4)
     # Relative reductions 0.1, 0.2, 0.3, 0.4: their 90th percentile is 0.37.
-    reward = _round(
+    rewards = _rewards(
         model,
         loss_before=[1.0, 1.0, 1.0, 2.0],
         loss_after=[0.9, 0.8, 0.7, 1.2],
@@ -89,7 +96,11 @@ def test_formula_by_hand():
         (1.0 + 0.25 * 0.0) / 1.25,  # no importance
     ]
     expected = [(0.5 + 0.5 * value) / (1 + 2 * gap) for value, gap in zip(learning, [0.2, 0.2, 0.0, 0.0], strict=True)]
-    np.testing.assert_allclose(reward, expected, rtol=1e-12)
+    np.testing.assert_allclose(rewards.reward, expected, rtol=1e-12)
+    np.testing.assert_allclose(rewards.loss, [0.1 / 0.37, 0.2 / 0.37, 0.3 / 0.37, 1.0], rtol=1e-12)
+    np.testing.assert_array_equal(rewards.progress, [0.5, 1.0, NAN, 0.0])
+    np.testing.assert_array_equal(rewards.importance, [0.25, 0.5, 1.0, NAN])
+    np.testing.assert_allclose(rewards.time, [1 / 1.4, 1 / 1.4, 1.0, 1.0], rtol=1e-12)
 
 
 def test_timing_only_leaves_the_time_factor():
@@ -97,9 +108,13 @@ def test_timing_only_leaves_the_time_factor():
     time_s = np.array([5.0, 10.0, 15.0, 10.0])
     reward = _round(RewardModel(RewardSettings(time_penalty=2.0), 4), time_s=time_s, **nothing)
     np.testing.assert_allclose(reward, [0.5, 1.0, 0.5, 1.0])
-    fedmp = _round(RewardModel(RewardSettings(kind="fedmp"), 4), time_s=time_s, **nothing)
+    alone = _rewards(RewardModel(RewardSettings(time_penalty=2.0), 4), time_s=time_s, **nothing)
+    np.testing.assert_array_equal(alone.time, alone.reward)
+    assert np.isnan([alone.loss, alone.progress, alone.importance]).all(), "progress alone would teach to prune"
+    fedmp = _rewards(RewardModel(RewardSettings(kind="fedmp"), 4), time_s=time_s, **nothing)
     # 1/gap = 0.2, 2, 0.2, 2 (the least gap is 5% of 10 s); their 90th percentile is 2.
-    np.testing.assert_allclose(fedmp, [0.1, 1.0, 0.1, 1.0])
+    np.testing.assert_allclose(fedmp.reward, [0.1, 1.0, 0.1, 1.0])
+    assert np.isnan([fedmp.loss, fedmp.progress, fedmp.importance, fedmp.time]).all()
 
 
 def test_mean_time_counts_arrived_clients_only():

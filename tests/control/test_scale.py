@@ -32,7 +32,7 @@ def _round(policy, reward, index, ids):
         time_s=time_s,
         arrived=here,
     )
-    policy.update(Feedback(index, ids, low, arms.ratio, arms.rank, work, time_s, here, rewards))
+    policy.update(Feedback(index, ids, low, arms.ratio, arms.rank, work, time_s, here, rewards.reward))
 
 
 def _peak_bytes(name, clients, participants):

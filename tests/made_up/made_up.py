@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from fedsim.contracts.common import Labels, Outcome
-from fedsim.contracts.control import Work
+from fedsim.contracts.control import Rewards, Work
 from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
 from fedsim.records.checkpoint import save_checkpoint
 from fedsim.records.folder import RunDirectory
@@ -99,7 +99,8 @@ def one_round(
         download_bytes=bytes_way,
         upload_bytes=bytes_way,
     )
-    plan = RoundPlan(round_index, ids, before, ratio, rank, work)
+    flight, steps = np.full(clients, round_index), np.full(clients, config.train.local_steps)
+    plan = RoundPlan(round_index, ids, before, ratio, rank, work, flight, steps)
 
     compute_s = work.flops / (RATES[kind] * 1e12) * np.exp(0.02 * generator.standard_normal(clients))
     link_bits = generator.uniform(15e6, 25e6, clients)
@@ -139,7 +140,8 @@ def one_round(
         ratio=np.where(dropped, before, ratio),
         loss_before=0.7 * gone,
         loss_after=0.5 * gone,
-        reward=np.clip(generator.normal(0.5, 0.1, clients), 0, 1) * gone,
+        lora_importance=2.0 * gone,
+        rewards=replace(Rewards.none(clients), reward=np.clip(generator.normal(0.5, 0.1, clients), 0, 1) * gone),
         outcome=outcome,
         accuracy=float(accuracy) if tested else None,
         loss=0.4 if tested else None,

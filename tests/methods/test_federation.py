@@ -156,7 +156,7 @@ def test_what_did_not_arrive_is_never_trained_and_keeps_its_ratio():
     assert learner.aggregated == [[3, 4, 5], [3, 4, 5]]
     assert learned.outcome.tolist() == outcomes
     assert np.isnan(learned.loss_before[:3]).all()
-    assert np.isnan(learned.reward[:3]).all()
+    assert np.isnan(learned.rewards.reward[:3]).all()
     assert (learned.ratio[:3] == 0).all()
     assert (later.ratio_before[:3] == 0).all()
     assert (later.ratio_before[3:] == plan.ratio_target[3:]).all()
@@ -175,7 +175,7 @@ def test_a_round_from_which_nothing_arrived_changes_nothing():
     federation, learner = make()
     ((_, learned),) = play(federation, [4], outcomes=[Outcome.LATE] * 6)
     assert learner.aggregated == [[]]
-    assert np.isnan(learned.reward).all()
+    assert np.isnan(learned.rewards.reward).all()
 
 
 def test_an_unpruned_method_never_asks_for_pruning():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from made_up import Block, config_of, one_round, write_run
 
 from fedsim.contracts.common import Labels, Outcome
-from fedsim.contracts.control import Work
+from fedsim.contracts.control import Rewards, Work
 from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
 from fedsim.errors import RunError
 from fedsim.records import writer as records
@@ -25,8 +25,10 @@ from fedsim.settings import RecordSettings
 CONTRACT = {
     "rounds": "round start_s end_s duration_s idle_fraction participants dropped bytes_down bytes_up energy_j "
     "prune_ratio_mean lora_rank_mean accuracy loss accuracy_consensus host_s",
-    "client_rounds": "round client device mode prune_ratio prune_ratio_target lora_rank wait_s download_s compute_s "
-    "upload_s idle_s bytes_down bytes_up energy_j peak_memory_bytes outcome loss_before loss_after reward",
+    "client_rounds": "round flight client version staleness dispatch_s device mode ratio_before prune_ratio "
+    "prune_ratio_target lora_rank local_steps wait_s download_s compute_s upload_s idle_s bytes_down bytes_up energy_j "
+    "peak_memory_bytes outcome loss_before loss_after lora_importance reward_loss reward_progress reward_importance "
+    "reward_time reward",
     "events": "time_s round client event value",
 }
 
@@ -38,10 +40,12 @@ def three_clients(**changes):
     plan = RoundPlan(
         round_index=4,
         clients=np.array([2, 5, 7]),
-        ratio_before=np.zeros(count),
+        ratio_before=np.array([0.05, 0.15, 0.25]),
         ratio_target=np.array([0.1, 0.2, 0.3]),
         rank=np.array([2, 4, 16]),
         work=work,
+        flight=np.array([3, 0, 1]),
+        steps=np.array([10, 20, 30]),
     )
     outcome = np.array([Outcome.OK, Outcome.LATE, Outcome.DROPPED])
     report = RoundReport(
@@ -64,7 +68,8 @@ def three_clients(**changes):
         ratio=np.array([0.125, np.nan, np.nan]),
         loss_before=np.array([0.7, np.nan, np.nan]),
         loss_after=np.array([0.6, np.nan, np.nan]),
-        reward=np.array([0.5, np.nan, np.nan]),
+        lora_importance=np.array([3.5, np.nan, np.nan]),
+        rewards=Rewards(*(np.array([value, np.nan, np.nan]) for value in (0.5, 0.1, 0.2, 0.3, 0.4))),
         outcome=outcome,
         accuracy=None,
         loss=None,
@@ -112,6 +117,17 @@ def test_client_rows_by_hand():
     assert rows["peak_memory_bytes"] == [4.0, 4.0, 4.0]
     assert rows["outcome"] == ["ok", "late", "dropped"]
     assert rows["loss_before"] == [0.7, None, None]
+    assert rows["flight"] == [3, 0, 1]
+    assert rows["version"] == [4, 4, 4]
+    assert rows["staleness"] == [0, 0, 0]
+    assert rows["dispatch_s"] == [10.0, 10.0, 10.0]
+    assert rows["ratio_before"] == [0.05, 0.15, 0.25]
+    assert rows["local_steps"] == [10, 20, 30]
+    assert rows["lora_importance"] == [3.5, None, None]
+    assert rows["reward_loss"] == [0.1, None, None]
+    assert rows["reward_progress"] == [0.2, None, None]
+    assert rows["reward_importance"] == [0.3, None, None]
+    assert rows["reward_time"] == [0.4, None, None]
     assert rows["reward"] == [0.5, None, None]
     assert rows["mode"] == ["m", "m", "n"]
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import made_up
 import pytest
 from made_up import config_of, play, write_run
 
@@ -31,7 +32,7 @@ made_up.write_run(Path(sys.argv[1]), rounds=40, clients=16)
 def test_kill_and_resume(tmp_path, kill_at):
     path = tmp_path / "killed"
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(path), str(Path(__file__).parent)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHILD, str(path), str(Path(made_up.__file__).parent)], stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
     while child.stdout.readline().strip() != str(kill_at):

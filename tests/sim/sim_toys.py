@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedsim.contracts.common import Labels
-from fedsim.contracts.control import Work
+from fedsim.contracts.control import Rewards, Work
 from fedsim.contracts.flights import RoundLearning, RoundPlan
 from fedsim.sim.server import SimState, simulate
 
@@ -87,13 +87,14 @@ class ToyStrategy:
         zeros = np.zeros(len(clients))
         memory = self.memory if np.isscalar(self.memory) else np.asarray(self.memory)[clients]
         job = work(clients, memory) if self.work_of is None else self.work_of(clients)
-        return RoundPlan(round_index, clients, zeros, zeros, np.full(len(clients), 8), job)
+        return RoundPlan(round_index, clients, zeros, zeros, np.full(len(clients), 8), job, 0 * clients, 0 * clients)
 
     def close_round(self, report):
         self.calls.append(("close", report.round_index))
         nan = np.full(len(report.clients), np.nan)
         accuracy = None if self.accuracy is None else self.accuracy[report.round_index]
-        return RoundLearning(np.zeros(len(report.clients)), nan, nan, nan, report.outcome, accuracy, None, None)
+        rewards = Rewards.none(len(report.clients))
+        return RoundLearning(np.zeros(len(nan)), nan, nan, nan, rewards, report.outcome, accuracy, None, None)
 
 
 def play(fleet, settings, strategy=None, seed=0, start=None, **options):

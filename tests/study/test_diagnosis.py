@@ -210,7 +210,7 @@ def test_terms_are_recovered_from_the_recorded_rewards():
             lora_importance=importance[own.index],
             time_s=own[["wait_s", "download_s", "compute_s", "upload_s"]].sum(axis=1),
             arrived=here,
-        )
+        ).reward
         progress.append(np.where(here, np.clip((0.5 * number / ROUNDS - asked) / step, 0, 1), np.nan))
         asked = np.where(here, 0.5 * number / ROUNDS, asked)
     run = Run("made-up", config.model_dump(mode="json"), {"status": "finished", "fleet": {"clients": CLIENTS}})

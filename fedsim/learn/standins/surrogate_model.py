@@ -195,7 +195,7 @@ class Source(Section):
 
 
 class SurrogateModel(Section):
-    """Everything in a surrogate file. `first_dose` is the source's first learning rate x local steps."""
+    """Everything in a surrogate file. `first_dose` is the source's full learning rate x local steps."""
 
     kind: Literal["fedsim surrogate"] = "fedsim surrogate"
     schema_version: int = SCHEMA
