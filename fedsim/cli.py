@@ -248,13 +248,47 @@ def _estimate(arguments: argparse.Namespace) -> None:
         model=arguments.model,
         batch_size=arguments.batch_size,
         seq_len=arguments.seq_len,
-        tuning="full" if arguments.full else "inference" if arguments.inference else "lora",
+        tuning=_tuning(arguments),
         lora_rank=8 if arguments.lora_rank is None else arguments.lora_rank,
+        lora_roles=_lora_roles(arguments),
+        adapter_width=arguments.adapter_width,
         train_top_layers=arguments.train_top_layers,
         prune_ratio=arguments.prune_ratio,
         precision=arguments.precision,
+        causal_lm=arguments.causal_lm,
+        micro_batches=arguments.micro_batches,
+        checkpointing=arguments.checkpointing,
+        dropout=arguments.dropout,
+        cached_activations=arguments.cached_activations,
+        optimizer=arguments.optimizer,
     )
     print(json.dumps(figures, indent=2) if arguments.json else estimate_text(figures))
+
+
+def _tuning(arguments: argparse.Namespace) -> str:
+    if arguments.adapter_width is not None:
+        return "adapter"
+    return "full" if arguments.full else "inference" if arguments.inference else "lora"
+
+
+def _lora_roles(arguments: argparse.Namespace) -> frozenset[str] | None:
+    """Roles of ``--lora-targets``, which takes names of Linears (``q_proj``) and roles (``query``)."""
+    if arguments.lora_targets is None:
+        return None
+    from fedsim.cost.setting import linear_roles
+    from fedsim.cost.shapes import load_shape
+    from fedsim.errors import ConfigError
+    from fedsim.learn.model.linears import target_linears
+
+    if _tuning(arguments) != "lora":
+        raise ConfigError(f"--lora-targets {arguments.lora_targets} is only allowed where LoRA is tuned")
+    shape = load_shape(arguments.model, labels=0 if arguments.causal_lm else 2)
+    names = [name for name in arguments.lora_targets.split(",") if name]
+    roles = {name for name in names if name in linear_roles(shape)}
+    named = [name for name in names if name not in roles]
+    if named:
+        roles |= {linear.role.value for linear in target_linears(shape, named)}
+    return frozenset(roles)
 
 
 _ACTIONS: dict[str, Action] = {

@@ -181,8 +181,22 @@ def _estimate(commands: Commands) -> None:
     estimate.add_argument("--seq-len", type=int, required=True, help="tokens per sample")
     tuning = estimate.add_mutually_exclusive_group()
     tuning.add_argument("--lora-rank", type=int, metavar="R", help="LoRA on every prunable Linear (default: 8)")
+    tuning.add_argument("--adapter-width", type=int, metavar="W", help="bottleneck adapters, one a layer, of width W")
     tuning.add_argument("--full", action="store_true", help="full tuning")
     tuning.add_argument("--inference", action="store_true", help="forward pass only")
+    estimate.add_argument("--lora-targets", metavar="A,B", help="LoRA on these Linears only, such as query,value")
+    estimate.add_argument("--causal-lm", action="store_true", help="the model predicts tokens (default: it classifies)")
+    estimate.add_argument(
+        "--micro-batches", type=int, default=1, metavar="N", help="batches whose gradients one step sums (default: 1)"
+    )
+    estimate.add_argument("--checkpointing", action="store_true", help="run each layer's forward again going back")
+    estimate.add_argument("--dropout", action="store_true", help="dropout is on: its masks are kept too")
+    estimate.add_argument(
+        "--cached-activations", action="store_true", help="below the top layers nothing is run or held"
+    )
+    estimate.add_argument(
+        "--optimizer", choices=["fused", "per_tensor"], default="fused", help="how AdamW is run (default: fused)"
+    )
     estimate.add_argument("--train-top-layers", type=int, metavar="K", help="train the top K layers only")
     estimate.add_argument("--prune-ratio", type=float, default=0.0, metavar="P", help="pruning ratio (default: 0)")
     estimate.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="arithmetic (default: fp32)")

@@ -10,6 +10,8 @@ from fedsim.cost.device import DeviceProfile, PowerMode, Quantity, load_profile,
 
 _ESTIMATE_ROWS = (
     ("step_time_s", "time of a step", 1.0, "s"),
+    ("step_time_low_s", "  band, low", 1.0, "s"),
+    ("step_time_high_s", "  band, high", 1.0, "s"),
     ("compute_s", "  arithmetic", 1.0, "s"),
     ("memory_s", "  memory traffic", 1.0, "s"),
     ("launch_s", "  kernel launches", 1.0, "s"),

@@ -85,6 +85,10 @@ class DeviceProfile:
         bandwidth_efficiency: share of the bandwidth that kernels reach.
         launch_cost: CPU time of one kernel launch times CPU clock.
         idle_power: drawn while not computing; radio_power: drawn above that while data flows.
+        rests_on: rows of ``device_profiles/measurements`` that numbers of this profile rest on, by id (``*`` at the end
+            stands for any).
+        fitted_to: rows that `efficiency_fp32` is fitted to: its band is then what still reproduces them, whatever
+            bandwidth share and launch cost (`fedsim.cost.bands`).
     """
 
     name: str
@@ -103,6 +107,8 @@ class DeviceProfile:
     idle_power: Quantity
     radio_power: Quantity
     modes: Mapping[str, PowerMode]
+    rests_on: tuple[str, ...] = ()
+    fitted_to: tuple[str, ...] = ()
 
     def mode(self, name: str | None) -> PowerMode:
         """A power mode by name; None: the default. Raises ProfileError for an unknown one."""
@@ -146,6 +152,7 @@ _PROFILE_KINDS = {
     "idle_power": "power",
     "radio_power": "power",
 }
+_ROW_FIELDS = ("rests_on", "fitted_to")
 _SHARES = ("efficiency_fp32", "efficiency_fp16", "bandwidth_efficiency")
 
 
@@ -183,7 +190,8 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfile:
     """Check the content of a profile file. Raises ProfileError naming profile, field and what is needed."""
     name = str(content.get("name", fallback_name))
-    _refuse_unknown(name, "", content, {"name", "description", "default_mode", "modes", *_PROFILE_KINDS})
+    known = {"name", "description", "default_mode", "modes", *_ROW_FIELDS, *_PROFILE_KINDS}
+    _refuse_unknown(name, "", content, known)
     shared = {field: _quantity(name, field, content.get(field), kind) for field, kind in _PROFILE_KINDS.items()}
     modes = content.get("modes")
     if not isinstance(modes, dict) or not modes:
@@ -203,6 +211,8 @@ def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfi
         description=str(content.get("description", "")),
         default_mode=str(content.get("default_mode", next(iter(parsed)))),
         modes=parsed,
+        rests_on=_row_names(name, "rests_on", content),
+        fitted_to=_row_names(name, "fitted_to", content),
         **shared,
     )
     profile.mode(None)
@@ -211,6 +221,13 @@ def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfi
     if profile.memory_reserve.si >= profile.memory_capacity.si:
         raise ProfileError(f"profile {name}: memory_reserve must be below memory_capacity")
     return profile
+
+
+def _row_names(profile: str, field: str, content: Mapping[str, Any]) -> tuple[str, ...]:
+    names = content.get(field, [])
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise ProfileError(f"profile {profile}: {field} is {names!r}; it must be a list of ids of measurements")
+    return tuple(names)
 
 
 def _refuse_unknown(profile: str, prefix: str, content: Mapping[str, Any], allowed: set[str]) -> None:
@@ -255,25 +272,48 @@ def _quantity(profile: str, field: str, content: object, kind: str) -> Quantity:
 
 def peak_flops_per_s(profile: DeviceProfile, mode: PowerMode, precision: Precision) -> float:
     """Peak of a mode, before any efficiency."""
-    peak = mode.active_sms.si * profile.cores_per_sm.si * FLOPS_PER_CORE_CYCLE * mode.gpu_clock.si
-    return peak * (profile.fp16_multiple.si if precision == "fp16" else 1.0)
+    return float(_peak(si_numbers(profile, mode), precision))
+
+
+def profile_fields() -> tuple[str, ...]:
+    """Names of the numbers that all modes of a profile share."""
+    return tuple(_PROFILE_KINDS)
+
+
+def mode_fields() -> tuple[str, ...]:
+    """Names of the numbers of a power mode."""
+    return tuple(_MODE_KINDS)
+
+
+def si_numbers(profile: DeviceProfile, mode: PowerMode) -> dict[str, float | FloatArray]:
+    """Every number of a profile in a mode, in SI units, by field name."""
+    numbers: dict[str, float | FloatArray] = {field: getattr(profile, field).si for field in _PROFILE_KINDS}
+    return numbers | {field: getattr(mode, field).si for field in _MODE_KINDS}
+
+
+def _peak(numbers: Mapping[str, float | FloatArray], precision: Precision) -> float | FloatArray:
+    peak = numbers["active_sms"] * numbers["cores_per_sm"] * FLOPS_PER_CORE_CYCLE * numbers["gpu_clock"]
+    return peak * (numbers["fp16_multiple"] if precision == "fp16" else 1.0)
 
 
 def rates_of(profile: DeviceProfile, mode_name: str | None, precision: Precision) -> Rates:
     """Rates of a device in a power mode (None: the default). Raises ProfileError for an unknown mode or precision."""
+    return rates_from(si_numbers(profile, profile.mode(mode_name)), precision)
+
+
+def rates_from(numbers: Mapping[str, float | FloatArray], precision: Precision) -> Rates:
+    """Rates from numbers in SI units (`si_numbers`): floats, or arrays of one shape for as many drawn devices."""
     if precision not in BYTES_PER_VALUE:
         raise ProfileError(unknown("precision", precision, BYTES_PER_VALUE))
-    mode = profile.mode(mode_name)
-    efficiency = profile.efficiency_fp16 if precision == "fp16" else profile.efficiency_fp32
-    bandwidth = profile.memory_bandwidth.si * mode.memory_clock.si / profile.reference_memory_clock.si
+    bandwidth = numbers["memory_bandwidth"] * numbers["memory_clock"] / numbers["reference_memory_clock"]
     return Rates(
-        flops_per_s=efficiency.si * peak_flops_per_s(profile, mode, precision),
-        memory_bytes_per_s=bandwidth * profile.bandwidth_efficiency.si,
-        seconds_per_launch=profile.launch_cost.si / mode.cpu_clock.si,
-        busy_power_watts=mode.busy_power.si,
-        idle_power_watts=profile.idle_power.si,
-        radio_power_watts=profile.radio_power.si,
-        usable_memory_bytes=profile.memory_capacity.si - profile.memory_reserve.si,
+        flops_per_s=numbers[f"efficiency_{precision}"] * _peak(numbers, precision),
+        memory_bytes_per_s=bandwidth * numbers["bandwidth_efficiency"],
+        seconds_per_launch=numbers["launch_cost"] / numbers["cpu_clock"],
+        busy_power_watts=numbers["busy_power"],
+        idle_power_watts=numbers["idle_power"],
+        radio_power_watts=numbers["radio_power"],
+        usable_memory_bytes=numbers["memory_capacity"] - numbers["memory_reserve"],
     )
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fedsim.cost.foreign_shapes import FOREIGN_SHAPES
 from fedsim.errors import ModelError, nearest
 from fedsim.resources import MODELS, asset_folder
 from fedsim.structure import Architecture, ModelShape
@@ -79,6 +80,8 @@ def load_shape(name: str, labels: int = 2) -> ModelShape:
 def _find_shape(name: str, labels: int) -> ModelShape:
     if name in _BUILT_IN:
         return replace(_BUILT_IN[name], labels=labels)
+    if name in FOREIGN_SHAPES:
+        return replace(FOREIGN_SHAPES[name], labels=labels)
     if name in MODELS:
         return _read_shape(asset_folder(name) / "config.json", name, labels)
     if Path(name).expanduser().is_dir():

@@ -19,25 +19,71 @@ Counting rules (1 multiply-accumulate = 2 operations; N = batch times sequence t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fedsim.contracts.common import FloatArray
-from fedsim.cost.vocabulary import logits, output_work, own_output_weights, saved_logit_bytes
-from fedsim.errors import ConfigError, unknown
+from fedsim.cost.bottleneck import bottleneck_work
+from fedsim.cost.memory import FRAMEWORK_BYTES, MEMORY_GROWTH, memory_parts, peak_memory_bytes
+from fedsim.cost.setting import (
+    BYTES_PER_VALUE,
+    CHANNEL_ROLES,
+    HEAD_ROLES,
+    TRAINED_BYTES,
+    KeptSums,
+    Optimizer,
+    Precision,
+    StepSetting,
+    Tuning,
+    embeddings_run,
+    embeddings_trained,
+    kept_sums,
+    linear_roles,
+    lora_roles,
+    trained_layers,
+)
+from fedsim.cost.vocabulary import output_work
+from fedsim.cost.widths import (
+    block_weights,
+    key_width,
+    linear_widths,
+    lora_weights,
+    lora_widths,
+    query_width,
+    trained_tensors,
+    trained_weights,
+    tuned_weights,
+)
 from fedsim.structure import ModelShape
 
-Tuning = Literal["lora", "full", "inference"]
-Precision = Literal["fp32", "fp16"]
-
-BYTES_PER_VALUE = {"fp32": 4, "fp16": 2}
-HEAD_ROLES = frozenset({"query", "key", "value", "attention_out"})
-CHANNEL_ROLES = {False: frozenset({"up", "down"}), True: frozenset({"gate", "up", "down"})}
-"""Prunable Linears of a layer that go with attention heads, and with FFN channels (encoder / gated)."""
-TRAINED_BYTES = 4
-"""LoRA, gradients, optimizer moments and traffic are fp32 whatever the backbone's precision."""
+__all__ = [
+    "BYTES_PER_VALUE",
+    "CHANNEL_ROLES",
+    "FRAMEWORK_BYTES",
+    "HEAD_ROLES",
+    "MEMORY_GROWTH",
+    "TRAINED_BYTES",
+    "KeptSums",
+    "Optimizer",
+    "Precision",
+    "StepSetting",
+    "StepWork",
+    "Tuning",
+    "block_weights",
+    "importance_work",
+    "kept_sums",
+    "linear_roles",
+    "lora_roles",
+    "lora_weights",
+    "memory_parts",
+    "slicing_work",
+    "step_work",
+    "trained_layers",
+    "tuned_weights",
+    "work_of_sums",
+]
 
 # Passes over memory, counted kernel by kernel for an unfused forward (status: derived from what each operation does).
 HIDDEN_PASSES = 10
@@ -68,14 +114,13 @@ LORA_LAUNCHES_BACKWARD = 4
 MODEL_LAUNCHES = 20
 """Per step: embeddings, their norm, mask, classifier, loss."""
 OPTIMIZER_LAUNCHES = 40
-
-# Peak memory (status: derived, two numbers fitted to the published TX2 peaks by fedsim.cost.calibrate).
-FRAMEWORK_BYTES = 0.68e9
-"""CUDA context, libraries and framework on the board."""
-MEMORY_GROWTH = 2.11
-"""Caching allocator, fragmentation, dropout masks and temporaries: over saved activations, gradients and moments."""
-SAVED_HIDDEN = 5
-"""Hidden-wide tensors kept for backward per layer: layer input, two norm inputs, middle norm's output, FFN output."""
+PER_TENSOR_PASSES = 20
+"""AdamW as a loop of in-place operations over one tensor after another (status: derived, by counting them): decay (2),
+first moment (2 + 3), second moment (2 + 3), root (2), epsilon (2), update (4)."""
+PER_TENSOR_LAUNCHES = 10
+"""Per tensor of that loop."""
+ACCUMULATION_PASSES = 3
+"""Over the gradients, for each further batch of a step."""
 
 IMPORTANCE_PASSES = 12
 """Weight-sized passes of one importance estimate: low-rank products, |G * (W + c B A)|, sums per group."""
@@ -83,50 +128,6 @@ IMPORTANCE_ELEMENTWISE_FLOPS = 6
 IMPORTANCE_LAUNCHES = 12
 SLICE_LAUNCHES = 4
 """Per prunable Linear and change of structure: gather weight, bias and the two LoRA factors."""
-
-
-@dataclass(frozen=True)
-class StepSetting:
-    """How a step is run.
-
-    Attributes:
-        batch_size, seq_len: sequences per step and tokens per sequence, >= 1.
-        precision: of weights and activations.
-        tuning: ``lora``, ``full``, or ``inference`` (forward only, LoRA merged).
-        train_top_layers: how many of the last layers are trained; None: all, and in full tuning the embeddings too
-            (so does a number equal to the model's layers). 0 trains the classifier alone.
-        lora_roles: prunable Linears of each trained layer that carry LoRA, by role (`HEAD_ROLES`, `CHANNEL_ROLES`);
-            None: all. Read in LoRA tuning only.
-    """
-
-    batch_size: int
-    seq_len: int
-    precision: Precision = "fp32"
-    tuning: Tuning = "lora"
-    train_top_layers: int | None = None
-    lora_roles: frozenset[str] | None = None
-
-    def __post_init__(self) -> None:
-        for field, value in (("batch_size", self.batch_size), ("seq_len", self.seq_len)):
-            if value < 1:
-                raise ConfigError(f"{field} is {value}; it must be at least 1")
-        if self.precision not in BYTES_PER_VALUE:
-            raise ConfigError(f"precision is '{self.precision}'; allowed are fp32 and fp16")
-        if self.tuning not in ("lora", "full", "inference"):
-            raise ConfigError(f"tuning is '{self.tuning}'; allowed are lora, full and inference")
-        if self.train_top_layers is not None and self.train_top_layers < 0:
-            raise ConfigError(f"train_top_layers is {self.train_top_layers}; it must be at least 0")
-        if self.lora_roles is not None:
-            known = HEAD_ROLES | CHANNEL_ROLES[True]
-            if not self.lora_roles:
-                raise ConfigError(f"lora_roles is empty; it must name at least one of {', '.join(sorted(known))}")
-            for role in sorted(self.lora_roles - known):
-                raise ConfigError(f"lora_roles: {unknown('role', role, known)}")
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one step."""
-        return self.batch_size * self.seq_len
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,141 +140,17 @@ class StepWork:
     peak_memory_bytes: FloatArray
 
 
-@dataclass(frozen=True, eq=False)
-class KeptSums:
-    """Kept fractions summed over layers: all, the trained ones, the lowest trained one. What of these carries LoRA."""
-
-    heads_all: FloatArray
-    channels_all: FloatArray
-    heads_trained: FloatArray
-    channels_trained: FloatArray
-    heads_lowest: FloatArray
-    trained_layers: int
-    lora_roles: frozenset[str]
-
-
-def trained_layers(shape: ModelShape, setting: StepSetting) -> int:
-    """How many layers the backward pass reaches. Raises ConfigError for more than the model has."""
-    if setting.tuning == "inference":
-        return 0
-    count = shape.layers if setting.train_top_layers is None else setting.train_top_layers
-    if count > shape.layers:
-        raise ConfigError(f"train_top_layers is {count}; {shape.name} has {shape.layers} layers")
-    return count
-
-
-def linear_roles(shape: ModelShape) -> frozenset[str]:
-    """Roles of the prunable Linears of one block."""
-    return HEAD_ROLES | CHANNEL_ROLES[shape.gated]
-
-
-def lora_roles(shape: ModelShape, setting: StepSetting) -> frozenset[str]:
-    """Roles that carry LoRA. Raises ConfigError for one that the model does not have (a gate, in encoders)."""
-    allowed = linear_roles(shape)
-    if setting.lora_roles is None:
-        return allowed
-    for role in sorted(setting.lora_roles - allowed):
-        raise ConfigError(f"lora_roles: {shape.name} has no '{role}' (allowed: {', '.join(sorted(allowed))})")
-    return setting.lora_roles
-
-
-def _embeddings_trained(shape: ModelShape, setting: StepSetting) -> bool:
-    return setting.tuning == "full" and trained_layers(shape, setting) == shape.layers
-
-
-def kept_sums(shape: ModelShape, setting: StepSetting, heads: ArrayLike, channels: ArrayLike) -> KeptSums:
-    """Sum kept fractions (last axis: layers, or length 1 for all layers alike) over the layers that matter."""
-    top = trained_layers(shape, setting)
-
-    def all_and_top(fraction: ArrayLike) -> tuple[FloatArray, FloatArray, FloatArray]:
-        kept = np.asarray(fraction, dtype=np.float64)
-        if kept.ndim == 0 or kept.shape[-1] not in (1, shape.layers):
-            raise ValueError(f"fractions of shape {kept.shape} need a last axis of 1 or {shape.layers} layers")
-        if kept.shape[-1] == 1 and shape.layers != 1:
-            one = kept[..., 0]
-            return shape.layers * one, top * one, one
-        # A slice by a positive start: `[-0:]` would be everything.
-        first = shape.layers - top
-        return kept.sum(axis=-1), kept[..., first:].sum(axis=-1), kept[..., min(first, shape.layers - 1)]
-
-    heads_all, heads_top, heads_low = all_and_top(heads)
-    channels_all, channels_top, _ = all_and_top(channels)
-    return KeptSums(heads_all, channels_all, heads_top, channels_top, heads_low, top, lora_roles(shape, setting))
-
-
-def _attention_weights(shape: ModelShape) -> int:
-    return shape.head_groups * shape.weights_per_head_group
-
-
-def _ffn_weights(shape: ModelShape) -> int:
-    return shape.ffn * shape.weights_per_channel
-
-
-def _query_width(shape: ModelShape) -> int:
-    return shape.heads * shape.head_dim
-
-
-def _key_width(shape: ModelShape) -> int:
-    return shape.kv_heads * shape.head_dim
-
-
-def _linear_widths(
-    shape: ModelShape, roles: frozenset[str], layers: int, heads: FloatArray, channels: FloatArray
-) -> FloatArray:
-    """Sum over layers and Linears of `roles` of kept (d_in + d_out), given summed fractions."""
-    query_wide = len(roles & {"query", "attention_out"}) * _query_width(shape)
-    key_wide = len(roles & {"key", "value"}) * _key_width(shape)
-    # One side of every Linear is as wide as the hidden state, whatever is pruned.
-    fixed = len(roles) * shape.hidden
-    return layers * fixed + heads * (query_wide + key_wide) + channels * len(roles - HEAD_ROLES) * shape.ffn
-
-
-def _lora_widths(shape: ModelShape, kept: KeptSums) -> FloatArray:
-    """Sum of kept (d_in + d_out) over the Linears that carry LoRA."""
-    return _linear_widths(shape, kept.lora_roles, kept.trained_layers, kept.heads_trained, kept.channels_trained)
-
-
-def block_weights(shape: ModelShape, heads_sum: FloatArray, channels_sum: FloatArray) -> FloatArray:
-    """Kept prunable weights, given kept fractions summed over layers."""
-    return heads_sum * _attention_weights(shape) + channels_sum * _ffn_weights(shape)
-
-
-def lora_weights(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> FloatArray:
-    """Trained LoRA weights on the targeted Linears of the trained layers, over kept rows and columns."""
-    return np.asarray(rank, dtype=np.float64) * _lora_widths(shape, kept)
-
-
-def tuned_weights(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> FloatArray:
-    """Weights that full tuning trains, the classification head apart: kept blocks of the trained layers, embeddings.
-
-    With the embeddings goes a language model's output over its vocabulary, where that has weights of its own.
-    """
-    blocks = block_weights(shape, kept.heads_trained, kept.channels_trained)
-    return blocks + (shape.embedding_weights + own_output_weights(shape) if _embeddings_trained(shape, setting) else 0)
-
-
 def _elementwise_values(
     shape: ModelShape, setting: StepSetting, layers: int, heads: FloatArray, channels: FloatArray
 ) -> FloatArray:
     """Values that norms, activations, head copies and scores move in a forward of `layers` layers."""
     tokens = setting.tokens
-    copies = HEAD_COPY_PASSES * 2 * (_query_width(shape) + _key_width(shape))
+    copies = HEAD_COPY_PASSES * 2 * (query_width(shape) + key_width(shape))
     scores = SCORE_PASSES * shape.heads * setting.seq_len
     return tokens * (
         layers * HIDDEN_PASSES * shape.hidden
         + heads * (copies + scores)
         + channels * ACTIVATION_PASSES[shape.gated] * shape.ffn
-    )
-
-
-def _saved_values(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> FloatArray:
-    """Values kept for the backward pass: Linear inputs, query, key, value, context, softmax, FFN tensors."""
-    heads_wide = 2 * (_query_width(shape) + _key_width(shape)) + shape.heads * setting.seq_len
-    ffn_wide = (3 if shape.gated else 2) * shape.ffn
-    return setting.tokens * (
-        kept.trained_layers * SAVED_HIDDEN * shape.hidden
-        + kept.heads_trained * heads_wide
-        + kept.channels_trained * ffn_wide
     )
 
 
@@ -301,91 +178,99 @@ def step_work(
 
 def work_of_sums(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting) -> StepWork:
     """`step_work` for fractions already summed, whose arrays only broadcast to the common shape (fast on grids)."""
-    lora = setting.tuning == "lora"
-    full = setting.tuning == "full"
-    size, top, tokens = BYTES_PER_VALUE[setting.precision], kept.trained_layers, setting.tokens
-    embeddings = _embeddings_trained(shape, setting)
-
-    weights_all = block_weights(shape, kept.heads_all, kept.channels_all)
-    weights_top = block_weights(shape, kept.heads_trained, kept.channels_trained)
-    linear_flops = 2.0 * tokens * weights_top
-    score_flops = 4.0 * tokens * setting.seq_len * _query_width(shape)
-    head_flops = 2.0 * setting.batch_size * shape.head_weights
-    # Backward goes through the frozen output once; full tuning of all layers trains it like the embeddings.
-    backward_products = 0 if not top else 2 if embeddings else 1
-    output_flops, output_bytes = output_work(shape, tokens, size, backward_products)
-    flops = 2.0 * tokens * weights_all + score_flops * kept.heads_all + head_flops + output_flops
-    roles = linear_roles(shape)
-    widths_all = _linear_widths(shape, roles, shape.layers, kept.heads_all, kept.channels_all)
-    elementwise = _elementwise_values(shape, setting, shape.layers, kept.heads_all, kept.channels_all)
-    # Embedding rows are read, added and normalised: 6 hidden-wide passes.
-    moved = size * (weights_all + tokens * (widths_all + 6.0 * shape.hidden) + elementwise) + output_bytes
-    launches = float(MODEL_LAUNCHES + shape.layers * FORWARD_LAUNCHES[shape.gated])
-
+    work = _with_forward(shape, kept, setting)
     if setting.tuning != "inference":
-        widths_top = _linear_widths(shape, roles, top, kept.heads_trained, kept.channels_trained)
-        elementwise_top = _elementwise_values(shape, setting, top, kept.heads_trained, kept.channels_trained)
-        flops = flops + 2.0 * score_flops * kept.heads_trained + linear_flops + 2.0 * head_flops
-        moved = moved + size * (weights_top + tokens * widths_top + BACKWARD_PASS_FACTOR * elementwise_top)
-        if top and not embeddings:
-            entry = shape.hidden * (_query_width(shape) + 2 * _key_width(shape))
-            flops = flops - 2.0 * tokens * entry * kept.heads_lowest
-        launches += OPTIMIZER_LAUNCHES + BACKWARD_LAUNCH_FACTOR * (MODEL_LAUNCHES + top * FORWARD_LAUNCHES[shape.gated])
-        trained: FloatArray = np.asarray(float(shape.head_weights))
-        if lora:
-            adapter = lora_weights(shape, kept, rank)
-            trained = trained + adapter
-            flops = flops + 3.0 * 2.0 * tokens * adapter
-            moved = moved + size * LORA_PASSES * tokens * _lora_widths(shape, kept)
-            launches += top * len(kept.lora_roles) * (LORA_LAUNCHES_FORWARD + LORA_LAUNCHES_BACKWARD)
-        if full:
-            trained = trained + tuned_weights(shape, setting, kept)
-            flops = flops + linear_flops
-            moved = moved + size * (weights_top + tokens * widths_top)
-            if embeddings:
-                moved = moved + 2.0 * size * shape.embedding_weights
-        moved = moved + ADAMW_PASSES * TRAINED_BYTES * trained
-
-    settled, growing = memory_parts(shape, kept, rank, setting)
-    peak = FRAMEWORK_BYTES + settled + MEMORY_GROWTH * growing
-    return StepWork(flops, moved, np.asarray(launches), peak)
+        work = _with_backward(work, shape, kept, rank, setting)
+        work = _with_optimizer(work, shape, kept, rank, setting)
+    return StepWork(work.flops, work.moved, np.asarray(work.launches), peak_memory_bytes(shape, kept, rank, setting))
 
 
-def memory_parts(
-    shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting
-) -> tuple[FloatArray, FloatArray]:
-    """Memory of a step in bytes, framework apart: (weights and workspace, what `MEMORY_GROWTH` applies to)."""
-    size = BYTES_PER_VALUE[setting.precision]
+class _Counts(NamedTuple):
+    """Operations, bytes and launches counted so far."""
+
+    flops: FloatArray
+    moved: FloatArray
+    launches: float
+
+
+def _head_flops(shape: ModelShape, setting: StepSetting) -> float:
+    return 2.0 * setting.batch_size * shape.head_weights
+
+
+def _score_flops(shape: ModelShape, setting: StepSetting) -> float:
+    return 4.0 * setting.tokens * setting.seq_len * query_width(shape)
+
+
+def _with_forward(shape: ModelShape, kept: KeptSums, setting: StepSetting) -> _Counts:
+    """One batch forward, and a language model's output with what its backward pass takes."""
+    size, tokens = BYTES_PER_VALUE[setting.precision], setting.tokens
     weights = block_weights(shape, kept.heads_all, kept.channels_all)
-    frozen = shape.embedding_weights + own_output_weights(shape) + shape.head_weights
-    settled = size * (weights + frozen + _small_weights(shape, kept))
-    settled = settled + size * setting.tokens * (2.0 * shape.ffn + shape.heads * setting.seq_len)
-    if setting.tuning == "inference":
-        return settled + size * logits(shape, setting.tokens), np.zeros_like(settled)
-    trained: FloatArray = np.asarray(float(shape.head_weights))
-    if setting.tuning == "lora":
-        adapter = lora_weights(shape, kept, rank)
-        trained = trained + adapter
-        settled = settled + TRAINED_BYTES * adapter
-    else:
-        trained = trained + tuned_weights(shape, setting, kept)
-        if size < TRAINED_BYTES:
-            settled = settled + TRAINED_BYTES * trained  # fp32 masters of what is tuned
-    # Saved activations and logits, gradients, two moments.
-    saved = size * _saved_values(shape, setting, kept) + saved_logit_bytes(shape, setting.tokens, size)
-    return settled, saved + 3.0 * TRAINED_BYTES * trained
-
-
-def _small_weights(shape: ModelShape, kept: KeptSums) -> FloatArray:
-    """Norms and, in encoders, biases."""
-    if shape.gated:
-        return np.asarray(float((2 * shape.layers + 1) * shape.hidden))
-    per_layer = (4 + 2) * shape.hidden
-    return (
-        shape.layers * per_layer
-        + kept.heads_all * (_query_width(shape) + 2 * _key_width(shape))
-        + kept.channels_all * shape.ffn
+    # Backward goes through the frozen output once; full tuning of all layers trains it like the embeddings.
+    backward_products = 0 if not kept.trained_layers else 2 if embeddings_trained(shape, setting) else 1
+    output_flops, output_bytes = output_work(shape, tokens, size, backward_products)
+    flops = (
+        2.0 * tokens * weights
+        + _score_flops(shape, setting) * kept.heads_all
+        + _head_flops(shape, setting)
+        + output_flops
     )
+    widths = linear_widths(shape, linear_roles(shape), kept.layers, kept.heads_all, kept.channels_all)
+    elementwise = _elementwise_values(shape, setting, kept.layers, kept.heads_all, kept.channels_all)
+    # Embedding rows are read, added and normalised: 6 hidden-wide passes. Cached activations are read once.
+    entry_passes = 6.0 if embeddings_run(shape, setting) else 1.0
+    moved = size * (weights + tokens * (widths + entry_passes * shape.hidden) + elementwise) + output_bytes
+    return _Counts(flops, moved, float(MODEL_LAUNCHES + kept.layers * FORWARD_LAUNCHES[shape.gated]))
+
+
+def _with_backward(work: _Counts, shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting) -> _Counts:
+    """The backward pass of one batch, and the forward passes that checkpointing repeats in it."""
+    flops, moved, launches = work
+    size, top, tokens = BYTES_PER_VALUE[setting.precision], kept.trained_layers, setting.tokens
+    embeddings = embeddings_trained(shape, setting)
+    weights = block_weights(shape, kept.heads_trained, kept.channels_trained)
+    linear_flops = 2.0 * tokens * weights
+    score_flops = _score_flops(shape, setting)
+    widths = linear_widths(shape, linear_roles(shape), top, kept.heads_trained, kept.channels_trained)
+    elementwise = _elementwise_values(shape, setting, top, kept.heads_trained, kept.channels_trained)
+    flops = flops + 2.0 * score_flops * kept.heads_trained + linear_flops + 2.0 * _head_flops(shape, setting)
+    moved = moved + size * (weights + tokens * widths + BACKWARD_PASS_FACTOR * elementwise)
+    if top and not embeddings:
+        entry = shape.hidden * (query_width(shape) + 2 * key_width(shape))
+        flops = flops - 2.0 * tokens * entry * kept.heads_lowest
+    launches += OPTIMIZER_LAUNCHES + BACKWARD_LAUNCH_FACTOR * (MODEL_LAUNCHES + top * FORWARD_LAUNCHES[shape.gated])
+    if setting.tuning == "lora":
+        flops = flops + 3.0 * 2.0 * tokens * lora_weights(shape, kept, rank)
+        moved = moved + size * LORA_PASSES * tokens * lora_widths(shape, kept)
+        launches += top * len(kept.lora_roles) * (LORA_LAUNCHES_FORWARD + LORA_LAUNCHES_BACKWARD)
+    elif setting.tuning == "adapter":
+        adapters = bottleneck_work(shape, setting, top)
+        flops, moved = flops + adapters.flops, moved + size * adapters.moved_values
+        launches += adapters.launches
+    else:
+        flops = flops + linear_flops
+        moved = moved + size * (weights + tokens * widths)
+        if embeddings:
+            moved = moved + 2.0 * size * shape.embedding_weights
+    if setting.checkpointing:
+        # The trained layers' forward once more; low-rank branches and bottlenecks are too thin to count here.
+        flops = flops + linear_flops + score_flops * kept.heads_trained
+        moved = moved + size * (weights + tokens * widths + elementwise)
+        launches += top * FORWARD_LAUNCHES[shape.gated]
+    return _Counts(flops, moved, launches)
+
+
+def _with_optimizer(work: _Counts, shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting) -> _Counts:
+    """All batches of a step, and the one update after them (whose fused launches a batch counts already)."""
+    batches = setting.micro_batches
+    trained = trained_weights(shape, setting, kept, rank)
+    launches = batches * work.launches - (batches - 1) * OPTIMIZER_LAUNCHES
+    passes = ADAMW_PASSES
+    if setting.optimizer == "per_tensor":
+        passes = PER_TENSOR_PASSES
+        launches += PER_TENSOR_LAUNCHES * trained_tensors(shape, setting, kept) - OPTIMIZER_LAUNCHES
+    # Every batch after the first adds to the gradients: two reads and a write.
+    passes += (batches - 1) * ACCUMULATION_PASSES
+    return _Counts(batches * work.flops, batches * work.moved + passes * TRAINED_BYTES * trained, launches)
 
 
 def importance_work(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> StepWork:
@@ -399,7 +284,7 @@ def importance_work(shape: ModelShape, kept: KeptSums, rank: ArrayLike) -> StepW
     flops = weights * (8.0 * rank + IMPORTANCE_ELEMENTWISE_FLOPS)
     moved = IMPORTANCE_PASSES * TRAINED_BYTES * weights
     launches = float(shape.layers * len(linear_roles(shape)) * IMPORTANCE_LAUNCHES)
-    peak = 3.0 * TRAINED_BYTES * shape.hidden * max(shape.ffn, _query_width(shape))
+    peak = 3.0 * TRAINED_BYTES * shape.hidden * max(shape.ffn, query_width(shape))
     return StepWork(flops, moved, np.asarray(launches), np.asarray(peak))
 
 

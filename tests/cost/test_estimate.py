@@ -16,6 +16,8 @@ from fedsim.resources import resource_folder
 TX2, BERT = load_profile("jetson-tx2"), load_shape("bert-base")
 KEYS = [
     "step_time_s",
+    "step_time_low_s",
+    "step_time_high_s",
     "compute_s",
     "memory_s",
     "launch_s",
