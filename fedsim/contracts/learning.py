@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +127,28 @@ class Evaluation:
     accuracy_consensus: float
 
 
+class ServerOptimizer(Protocol):
+    """What a server makes of the mean difference of a merge, in the place of adding it (FedAdam and its like).
+
+    Tensors are torch's; written in their own methods and operators, its file loads no torch.
+    """
+
+    def step(self, name: str, difference: Any) -> Any:
+        """What is added to the global state, of the shape of `difference`: once per tensor and merge.
+
+        Args:
+            name: of the tensor, the same in every merge; which there are depends on the rule
+                (`fedsim.learn.merge.differences`).
+            difference: the mean of the clients' differences; its negative is the gradient.
+        """
+
+    def state(self) -> Mapping[str, Any]:
+        """Tensors by name, for the checkpoint."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take what `state` gave."""
+
+
 class Learner(Protocol):
     """The learning side, as a strategy sees it. State (global adapter, each client's structure) stays inside.
 
@@ -143,6 +165,9 @@ class Learner(Protocol):
             KeyError: a ticket that was discarded, read already or never given.
         """
 
+    def peek(self, tickets: IntArray) -> LocalResults:
+        """As `result`, but the tickets stay good: for what must be known before the results are merged."""
+
     def discard(self, tickets: IntArray) -> None:
         """Forget jobs whose results nobody will read: they are never trained.
 
@@ -150,8 +175,16 @@ class Learner(Protocol):
             KeyError: as `result`.
         """
 
-    def aggregate(self, results: LocalResults) -> None:
-        """Merge updates into a new global state and keep each client's new structure. Empty: no change."""
+    def aggregate(self, results: LocalResults, mix: float = 1.0, weights: FloatArray | None = None) -> None:
+        """Merge updates into a new global state and keep each client's new structure. Empty: no change.
+
+        Updates that all started from the present state replace it by their mean. Else, or where `mix` or a weight is
+        not 1, their differences from the states they started from are averaged, and the mean is added.
+
+        Args:
+            mix: share of the mean difference that is added.
+            weights: share of each update's own difference that counts (staleness), shape (P,); None: all of it.
+        """
 
     def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:
         """Prune clients to the given ratios at once, without training; returns the achieved ratios."""
@@ -163,7 +196,7 @@ class Learner(Protocol):
         """Write the global adapter as a PEFT folder; nothing where there is none."""
 
     def state(self) -> State:
-        """Arrays for the checkpoint."""
+        """Arrays for the checkpoint, jobs in flight among them: their tickets stay good after `restore`."""
 
     def restore(self, state: State) -> None:
         """Take the arrays of a checkpoint."""

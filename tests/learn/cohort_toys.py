@@ -108,11 +108,12 @@ class Toy:
 
     def stack(self, sliced: bool, structures: Sequence[Structure], ranks: Sequence[int], rank: int = 4) -> CohortStack:
         """Weights of a cohort, one client per structure and rank, ready to train."""
+        adapter = self.adapter(rank)
         members = [
-            Member(structure, own, (5, client, 0))
+            Member(adapter, structure, own, (5, client, 0))
             for client, (structure, own) in enumerate(zip(structures, ranks, strict=True))
         ]
-        stack = CohortStack(self.base(sliced), self.adapter(rank), members)
+        stack = CohortStack(self.base(sliced), members)
         stack.require_grad()
         return stack
 

@@ -263,10 +263,8 @@ def test_in_bf16_the_whole_model_is_one_copy_and_logits_are_in_fp32(folders):
     assert backbone.shape.tied
     toy = causal_toy(folders[True], torch.float32)
     low = Toy(backbone, "native", "all", torch.float32, toy.data)
-    members = [Member(Structure.full(backbone.shape), 4, None)]
-    stacks = [
-        CohortStack(one.base(False, kind), toy.adapter(), members) for one, kind in ((low, torch.bfloat16), (toy, None))
-    ]
+    members = [Member(toy.adapter(), Structure.full(backbone.shape), 4, None)]
+    stacks = [CohortStack(one.base(False, kind), members) for one, kind in ((low, torch.bfloat16), (toy, None))]
     batch = pack(toy.data.text, [toy.data.parts[2][:5]], toy.model.pack_rule, CPU, torch.float32)
     got, want = (one.model.logits(batch, stack) for one, stack in zip((low, toy), stacks, strict=True))
     assert got.dtype == torch.float32

@@ -11,6 +11,9 @@ from cohort_toys import BATCH, CLIENTS, SAMPLES, Toy, assert_same_updates, job, 
 from tiny_checkpoints import ARCHITECTURES
 
 from fedsim.learn.cohort.pack import pack
+from fedsim.learn.cohort.plan import cohorts
+from fedsim.learn.cohort.stack import CohortStack, Member
+from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.model.linears import Role, group_width
 from fedsim.learn.train.importance import GroupScores, magnitude, random_scores
 from fedsim.learn.train.jobs import Job
@@ -177,6 +180,33 @@ def test_jobs_that_do_not_go_together_are_told_apart(bert, sliced):
     trainer = bert.cohort(rule(), sliced)
     assert_same_updates(trainer.train(jobs), bert.reference(rule()).train(jobs), **TIGHT)
     assert trainer.train([]) == []
+
+
+@FORMS
+def test_members_of_several_versions_are_one_cohort(bert, sliced):
+    """Adapters of other factors, heads and ranks side by side, one per member: as each alone, and in one chunk."""
+    jobs = mixed_jobs(bert)
+    versions = [bert.adapter(seed=2), bert.adapter(rank=1, seed=3)]
+    versions = [*(Adapter(one.factors, {k: v + n for k, v in one.head.items()}) for n, one in enumerate(versions, 1))]
+    mixed = [*versions, jobs[2].adapter] * 2
+    jobs = [dataclasses.replace(one, adapter=adapter) for one, adapter in zip(jobs, mixed, strict=True)]
+    assert len(cohorts(jobs)) == 1
+    got = bert.cohort(rule(), sliced).train(jobs)
+    assert_same_updates(got, bert.reference(rule()).train(jobs), **TIGHT)
+    one_version = bert.cohort(rule(), sliced).train(mixed_jobs(bert))
+    name = next(iter(got[0].adapter.head))
+    assert not torch.equal(got[0].adapter.head[name], one_version[0].adapter.head[name])
+
+
+def test_jobs_on_other_frozen_weights_go_apart(bert):
+    """Updates merged into the base are shared by a cohort, so that versions of them cannot meet in one."""
+    jobs = mixed_jobs(bert)
+    own = {name: torch.ones(b.shape[0], a.shape[1]) for name, (a, b) in jobs[0].adapter.factors.items()}
+    changed = dataclasses.replace(jobs[0].adapter, merged=own)
+    jobs = [dataclasses.replace(one, adapter=changed) if place % 2 else one for place, one in enumerate(jobs)]
+    assert sorted(sorted(places) for places in cohorts(jobs)) == [[0, 2, 4], [1, 3, 5]]
+    with pytest.raises(ValueError, match="share their frozen weights"):
+        CohortStack(bert.base(True), [Member(one.adapter, one.start, 2, None) for one in jobs])
 
 
 @FORMS

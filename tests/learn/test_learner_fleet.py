@@ -10,8 +10,8 @@ import torch
 
 from fedsim.contracts.common import Outcome
 from fedsim.contracts.learning import LocalRequests
-from fedsim.learn import learner as learner_module
 from fedsim.learn import store as store_module
+from fedsim.learn import structures_plan as plan_module
 from fedsim.learn.learner import LearnerParts, LoraLearner
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.model.linears import kept_columns, kept_rows, prunable_linears
@@ -151,7 +151,7 @@ def test_scores_of_a_static_criterion_are_drawn_again_when_room_is_short(monkeyp
     )
     states = []
     for room in (1, 1 << 20):
-        monkeypatch.setattr(learner_module, "_STATIC_BYTES", room)
+        monkeypatch.setattr(plan_module, "_STATIC_BYTES", room)
         learner = make_learner(criterion, criterion="random")
         play(learner, range(10), 0, 0.3)
         play(learner, range(10), 1, 0.6)
@@ -165,8 +165,8 @@ def test_scores_of_a_static_criterion_are_drawn_again_when_room_is_short(monkeyp
 
 def test_a_common_mask_is_chosen_once_for_each_ratio_and_anew_after_an_aggregation(monkeypatch):
     chosen = []
-    real = learner_module.select
-    monkeypatch.setattr(learner_module, "select", lambda *arguments: chosen.append(arguments[3]) or real(*arguments))
+    real = plan_module.select
+    monkeypatch.setattr(plan_module, "select", lambda *arguments: chosen.append(arguments[3]) or real(*arguments))
     learner = make_learner(structure="common", reversible=False)
     play(learner, range(30))
     play(learner, range(30), 1, 0.3)

@@ -71,7 +71,7 @@ def test_the_folded_adapter_tests_as_the_merged_base_does(tiny_folders):
     scale = learner._parts.config.model.lora_alpha_over_rank
     plain = folded(merged, scale)
     assert plain.rank >= 1
-    structures = [learner._store.structure(0)]
+    structures = [learner.structure(0)]
     (one,), (other,) = (learner._parts.engine.tester.measure(of, structures) for of in (merged, plain))
     (untrained,) = learner._parts.engine.tester.measure(make_learner(tiny_folders["llama"])._adapter, structures)
     assert one[1] == pytest.approx(other[1], rel=1e-5)
@@ -91,7 +91,7 @@ def test_the_exported_adapter_of_a_merged_base_loads_in_plain_peft(tiny_folders,
         before = base.eval()(input_ids=ids).last_hidden_state.clone()
         theirs = PeftModel.from_pretrained(base, tmp_path).eval()(input_ids=ids).last_hidden_state
         tester = learner._parts.engine.tester
-        tester._model.load(learner._store.structure(0), learner._adapter)
+        tester._model.load(learner.structure(0), learner._adapter)
         ours = learner._parts.backbone.encoder(input_ids=ids).last_hidden_state
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(ours, before, atol=1e-3)

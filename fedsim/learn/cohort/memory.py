@@ -56,7 +56,7 @@ def client_bytes(
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    stack = CohortStack(base, adapter, [Member(full, adapter.rank, None)])
+    stack = CohortStack(base, [Member(adapter, full, adapter.rank, None)])
     stack.require_grad()
     kept: dict[int, int] = {}
 

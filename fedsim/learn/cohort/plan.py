@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fedsim.errors import ResourceError
+from fedsim.learn.cohort.stack import base_key
 from fedsim.learn.faults import is_out_of_memory
 from fedsim.learn.train.jobs import Job
 
@@ -19,12 +20,15 @@ _LOG = logging.getLogger(__name__)
 
 
 def cohorts(jobs: Sequence[Job]) -> list[list[int]]:
-    """Places of the jobs that run alike (same state, steps and rate), those of like structure beside each other."""
+    """Places of the jobs that run alike (same steps and rate), those of like structure beside each other.
+
+    Jobs of several versions of the global adapter go together, unless updates were merged into their frozen weights.
+    """
     alike: dict[tuple[object, ...], list[int]] = {}
     for place, job in enumerate(jobs):
         request = job.request
         key = (
-            id(job.adapter),
+            base_key(job.adapter),
             request.local_steps,
             request.recovery_steps,
             request.learning_rate,

@@ -47,17 +47,21 @@ class Member:
     """One client of a cohort.
 
     Attributes:
+        adapter: the global adapter that it starts from, full widths; of any version, as each member may have its own.
         rank: LoRA rank, any.
         key: (seed, client, round) of the random rows beyond the adapter's rank.
     """
 
+    adapter: Adapter
     structure: Structure
     rank: int
     key: tuple[int, int, int] | None
 
 
 class CohortStack:
-    """Weights of one cohort, from one global adapter.
+    """Weights of one cohort, each member's from the global adapter that it starts from.
+
+    Frozen weights are shared, and so are updates merged into them (`Adapter.merged`): all members have the same ones.
 
     Attributes:
         structures, widths: what the clients keep now, by client and as axes of the weights.
@@ -68,26 +72,32 @@ class CohortStack:
             name, so that it gets a gradient.
     """
 
-    def __init__(self, base: Base, adapter: Adapter, members: Sequence[Member]) -> None:
-        """Raises ValueError where an adapter or a structure does not fit the model."""
+    def __init__(self, base: Base, members: Sequence[Member]) -> None:
+        """Raises ValueError where an adapter or a structure does not fit the model, or merged updates differ."""
+        places = _by_adapter(members)
         for member in members:
             check_structure(base.backbone, member.structure)
-        if set(adapter.factors) != {linear.name for linear in base.targets}:
-            raise ValueError(f"adapter has factors for {len(adapter.factors)} linears, not for {len(base.targets)}")
+        for adapter, _ in places:
+            if set(adapter.factors) != {linear.name for linear in base.targets}:
+                raise ValueError(f"adapter has factors for {len(adapter.factors)} linears, not for {len(base.targets)}")
+        merged = members[0].adapter.merged
+        if any(base_key(adapter) != base_key(members[0].adapter) for adapter, _ in places):
+            raise ValueError("members of one cohort share their frozen weights, and with them all merged updates")
         self.base = base
         self.watched: dict[str, torch.Tensor] | None = None
         self._full = {
-            name: (with_merged(weight, adapter.merged.get(name)), bias) for name, (weight, bias) in base.frozen.items()
+            name: (with_merged(weight, merged.get(name)), bias) for name, (weight, bias) in base.frozen.items()
         }
         self.structures = tuple(member.structure for member in members)
         self.members = tuple(members)
         self.ranks = np.array([member.rank for member in members])
         self.widths = self._widths([member.structure for member in members])
         self.factors: dict[str, StackedFactors] = {
-            linear.name: self._first_factors(adapter, linear) for linear in base.targets
+            linear.name: self._first_factors(places, linear) for linear in base.targets
         }
         self.head = {
-            name: torch.stack([adapter.head[name].to(base.dtype)] * self.clients) for name in base.backbone.head_names
+            name: torch.stack([member.adapter.head[name].to(base.dtype) for member in members])
+            for name in base.backbone.head_names
         }
         self._refresh()
 
@@ -196,22 +206,28 @@ class CohortStack:
     def _widths(self, structures: Sequence[Structure]) -> Widths:
         return Widths.of(self.base.backbone.shape, structures, self.base.sliced, self.base.backbone.device)
 
-    def _first_factors(self, adapter: Adapter, linear: PrunableLinear) -> StackedFactors:
+    def _first_factors(self, places: Sequence[tuple[Adapter, list[int]]], linear: PrunableLinear) -> StackedFactors:
         base, highest = self.base, int(self.ranks.max())
-        a, b = (factor.to(base.dtype) for factor in adapter.factors[linear.name])
-        known = min(highest, a.shape[0])
+        (first_a, first_b), stacks = places[0][0].factors[linear.name], []
+        for factor in (first_a.T, first_b):
+            stacks.append(torch.zeros(self.clients, highest, len(factor), dtype=base.dtype, device=factor.device))
+        stack_a, stack_b = stacks
+        for adapter, clients in places:
+            a, b = (factor.to(base.dtype) for factor in adapter.factors[linear.name])
+            known = min(highest, a.shape[0])
+            # All members of one version, the common case, are written through a view.
+            here = slice(None) if len(clients) == self.clients else clients
+            stack_a[here, :known] = a[:known]
+            stack_b[here, :known] = b[:, :known].T
+            for client in clients:
+                member = self.members[client]
+                if member.rank > a.shape[0]:
+                    rows = extra_rows(member.rank - a.shape[0], base.backbone.shape, linear, member.key)
+                    stack_a[client, a.shape[0] : member.rank] = rows.to(a)
         # A mask over ranks: rows beyond a client's own are zero.
-        own = torch.from_numpy(np.arange(highest) < self.ranks[:, None]).to(a)
-        stack_a = a.new_zeros(self.clients, highest, a.shape[1])
-        stack_b = b.new_zeros(self.clients, highest, b.shape[0])
-        stack_a[:, :known] = a[:known]
-        stack_b[:, :known] = b[:, :known].T
-        for client, member in enumerate(self.members):
-            if member.rank > a.shape[0]:
-                rows = extra_rows(member.rank - a.shape[0], base.backbone.shape, linear, member.key)
-                stack_a[client, a.shape[0] : member.rank] = rows.to(a)
-        stack_a *= own.unsqueeze(-1)
-        stack_b *= own.unsqueeze(-1)
+        own = torch.from_numpy(np.arange(highest) < self.ranks[:, None]).to(stack_a).unsqueeze(-1)
+        stack_a *= own
+        stack_b *= own
         axis = self.widths.features(linear)
         if linear.role in COLUMN_PRUNED:
             stack_a = axis.of_stack(stack_a)
@@ -238,6 +254,19 @@ class CohortStack:
                 if not masks.all():
                     kept = torch.from_numpy(self._feature_masks(linear)).to(self.base.backbone.device, self.base.dtype)
                     self._masks[linear.name] = kept.unsqueeze(1)
+
+
+def base_key(adapter: Adapter) -> int:
+    """Equal for adapters whose merged updates are the same object, or that have none: they share frozen weights."""
+    return id(adapter.merged) if adapter.merged else 0
+
+
+def _by_adapter(members: Sequence[Member]) -> list[tuple[Adapter, list[int]]]:
+    """The members' adapters, each once, with the places of those that start from it."""
+    places: dict[int, tuple[Adapter, list[int]]] = {}
+    for place, member in enumerate(members):
+        places.setdefault(id(member.adapter), (member.adapter, []))[1].append(place)
+    return list(places.values())
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

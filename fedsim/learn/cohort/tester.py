@@ -39,7 +39,7 @@ class CohortTester:
 
     @torch.no_grad()
     def _measure_one(self, adapter: Adapter, structure: Structure) -> tuple[float, float]:
-        stack = CohortStack(self._base, adapter, [Member(structure, adapter.rank, None)])
+        stack = CohortStack(self._base, [Member(adapter, structure, adapter.rank, None)])
         correct = torch.zeros((), dtype=torch.int64, device=self._base.backbone.device)
         loss = torch.zeros((), dtype=torch.float64, device=self._base.backbone.device)
         count = 0

@@ -53,10 +53,10 @@ class CohortTrainer:
     def _train_chunk(self, jobs: Sequence[Job]) -> list[Update]:
         model, rule, request = self._model, self._rule, jobs[0].request
         members = [
-            Member(job.start, job.request.rank, (rule.seed, job.request.client, job.request.round_index))
+            Member(job.adapter, job.start, job.request.rank, (rule.seed, job.request.client, job.request.round_index))
             for job in jobs
         ]
-        stack = CohortStack(self._base, jobs[0].adapter, members)
+        stack = CohortStack(self._base, members)
         probe = self._pack(
             [
                 fixed_samples(self._data.parts[job.request.client], PROBE_SAMPLES, rule.seed, job.request.client)

@@ -83,6 +83,16 @@ def truncated_svd_factored(left: torch.Tensor, right: torch.Tensor, rank: int) -
     return _finish(b, a @ basis.T, rank, dtype)
 
 
+def with_old_rows(a: torch.Tensor, b: torch.Tensor, old_a: torch.Tensor) -> torch.Tensor:
+    """``A`` with the rows of `old_a` in components that are not there (zero in ``B``): the product stays.
+
+    A device that gets them can train them; with both zero they would never get a gradient.
+    """
+    end = min(len(a), len(old_a))
+    a[:end] = torch.where(b[:, :end].any(dim=0).unsqueeze(1), a[:end], old_a[:end])
+    return a
+
+
 def _decompose(matrix: torch.Tensor, rank: int) -> FactorPair:
     """Evenly split factors with at most `rank` components, descending, signs as they come."""
     wide = matrix.shape[1] > matrix.shape[0]

@@ -29,12 +29,16 @@ class Contribution:
         structure: the groups that the client keeps now.
         samples: its training samples, >= 1.
         importance: its LoRA importance, mean ``|B * grad B|``, >= 0, in any unit common to the round.
+        start: the global adapter of the version at dispatch; None: the present one.
+        weight: the share of its difference from `start` that counts, >= 0 (staleness).
     """
 
     adapter: Adapter
     structure: Structure
     samples: int
     importance: float
+    start: Adapter | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ def zero_pad(merging: Merging) -> Adapter:
     Raises:
         ConfigError: a client's rank is above the global adapter's.
     """
-    _check_ranks(merging)
+    ranks_within(merging)
     factors = {linear.name: _padded_mean(merging, linear, coverage) for linear, coverage in merging.covered()}
     return Adapter(factors, merging.mean_head())
 
@@ -43,13 +43,18 @@ def hetlora(merging: Merging) -> Adapter:
     Raises:
         ConfigError: a client's rank is above the global adapter's.
     """
-    _check_ranks(merging)
+    ranks_within(merging)
     factors: dict[str, Factors] = {}
     for linear in merging.linears():
-        updates = [contribution.adapter.factors[linear.name] for contribution in merging.contributions]
-        coverage = merging.coverage(linear, norm_weights(updates, merging.weights))
+        coverage = merging.coverage(linear, update_norms(merging, linear))
         factors[linear.name] = _padded_mean(merging, linear, coverage)
     return Adapter(factors, merging.mean_head())
+
+
+def update_norms(merging: Merging, linear: PrunableLinear) -> NDArray[np.float64]:
+    """`norm_weights` of the clients' updates of one Linear, shape (P,)."""
+    updates = [contribution.adapter.factors[linear.name] for contribution in merging.contributions]
+    return norm_weights(updates, merging.weights)
 
 
 def norm_weights(updates: Sequence[Factors], otherwise: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -86,7 +91,8 @@ def _padded_mean(merging: Merging, linear: PrunableLinear, coverage: Coverage) -
     return a.contiguous(), b.contiguous()
 
 
-def _check_ranks(merging: Merging) -> None:
+def ranks_within(merging: Merging) -> None:
+    """Refuse ranks above the global adapter's."""
     highest, widest = max(one.adapter.rank for one in merging.contributions), merging.previous.rank
     if highest > widest:
         raise ConfigError(

@@ -30,9 +30,19 @@ import torch
 
 from fedsim.errors import ConfigError, unknown
 from fedsim.learn.merge.coverage import Coverage, sides
-from fedsim.learn.merge.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored
+from fedsim.learn.merge.differences import (
+    ByDifferences,
+    Step,
+    all_current,
+    by_factors,
+    by_products,
+    by_rule,
+    by_stacks,
+    checked,
+)
+from fedsim.learn.merge.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored, with_old_rows
 from fedsim.learn.merge.merging import Contribution, Merging, Rule, client_weights
-from fedsim.learn.merge.padded import hetlora, zero_pad
+from fedsim.learn.merge.padded import hetlora, ranks_within, update_norms, zero_pad
 from fedsim.learn.merge.stacked import stack
 from fedsim.learn.model.adapter import Adapter, Factors
 from fedsim.learn.model.linears import COLUMN_PRUNED, PrunableLinear, prunable_linears
@@ -63,8 +73,12 @@ def merge(
     rank_max: int,
     alpha_over_rank: float,
     settings: AggregateSettings,
+    step: Step = 1.0,
 ) -> Adapter:
     """Merge the clients' updates into a new global adapter.
+
+    Updates of the present version, all with their full weight and a step of 1, are merged as the rule says: the result
+    replaces the global adapter. Else their differences are (`fedsim.learn.merge.differences`).
 
     Args:
         previous: the global adapter before this round, full widths.
@@ -73,6 +87,7 @@ def merge(
         rank_max: rank of the global adapter (`lowrank`), >= 1.
         alpha_over_rank: c of ``dW = c B A``, the same before and after, so that it cancels where the mean is linear.
         settings: the rule's name and the weight of importance.
+        step: what is added of the mean difference: a share, or a server optimizer's answer to it.
     Returns:
         Adapter of full widths, fp32, on the previous adapter's device.
     Raises:
@@ -83,8 +98,11 @@ def merge(
     if not contributions:
         return previous
     _check(previous, contributions, shape)
+    merging = Merging(previous, contributions, shape, rank_max, alpha_over_rank, settings)
     with _exact_products():
-        return rule(Merging(previous, contributions, shape, rank_max, alpha_over_rank, settings))
+        if isinstance(step, float) and step == 1.0 and all_current(merging):
+            return rule(merging)
+        return differences_of(rule)(merging, step)
 
 
 def lowrank(merging: Merging) -> Adapter:
@@ -118,10 +136,8 @@ def _by_update(merging: Merging, seen: Callable[[Coverage], Coverage]) -> Adapte
         transposed = linear.role in COLUMN_PRUNED
         pruned, whole = _mean_update(merging, linear, seen(coverage))
         b, a = (whole.T, pruned.T) if transposed else (pruned, whole)
-        a, b, old_a = a.contiguous(), b.contiguous(), merging.previous.factors[linear.name][0]
-        end = min(merging.rank_max, old_a.shape[0])
-        a[:end] = torch.where(b[:, :end].any(dim=0).unsqueeze(1), a[:end], old_a[:end])
-        factors[linear.name] = (a, b)
+        a, b = a.contiguous(), b.contiguous()
+        factors[linear.name] = (with_old_rows(a, b, merging.previous.factors[linear.name][0]), b)
     return Adapter(factors, merging.mean_head())
 
 
@@ -134,17 +150,12 @@ def average_factors(merging: Merging) -> Adapter:
     Raises:
         ConfigError: ranks differ between clients, or from the previous adapter's where its features must be held.
     """
-    ranks = {c.adapter.rank for c in merging.contributions}
-    if len(ranks) > 1:
-        raise ConfigError(
-            f"aggregate.rule 'average_factors' needs one LoRA rank for all clients, got ranks "
-            f"{', '.join(map(str, sorted(ranks)))}; use 'lowrank' for mixed ranks"
-        )
+    rank = one_rank(merging)
     factors: dict[str, Factors] = {}
     for linear, coverage in merging.covered():
         transposed = linear.role in COLUMN_PRUNED
         old_pruned, old_whole = sides(merging.previous.factors[linear.name], transposed)
-        (rank,), (features, other) = ranks, (old_pruned.shape[0], old_whole.shape[1])
+        features, other = old_pruned.shape[0], old_whole.shape[1]
         pruned, whole = old_pruned.new_zeros((features, rank)), old_whole.new_zeros((rank, other))
         for chunk in coverage.chunks:
             left, right = merging.concatenated(linear, chunk)
@@ -163,6 +174,17 @@ def average_factors(merging: Merging) -> Adapter:
     return Adapter(factors, merging.mean_head())
 
 
+def one_rank(merging: Merging) -> int:
+    """The rank of all clients. Raises ConfigError where they have several."""
+    ranks = {c.adapter.rank for c in merging.contributions}
+    if len(ranks) > 1:
+        raise ConfigError(
+            f"aggregate.rule 'average_factors' needs one LoRA rank for all clients, got ranks "
+            f"{', '.join(map(str, sorted(ranks)))}; use 'lowrank' for mixed ranks"
+        )
+    return ranks.pop()
+
+
 RULES: dict[str, Rule] = {
     "lowrank": lowrank,
     "average_factors": average_factors,
@@ -172,6 +194,21 @@ RULES: dict[str, Rule] = {
     "stack": stack,
 }
 """Aggregation rules by the name in ``aggregate.rule``. Register a rule of your own by adding an entry."""
+
+
+_BY_DIFFERENCES: dict[Rule, ByDifferences] = {
+    lowrank: by_products(lambda coverage: coverage),
+    flexlora: by_products(_unaware),
+    average_factors: checked(by_factors(), one_rank),
+    zero_pad: checked(by_factors(), ranks_within),
+    hetlora: checked(by_factors(update_norms), ranks_within),
+    stack: by_stacks,
+}
+
+
+def differences_of(rule: Rule) -> ByDifferences:
+    """How a rule merges differences; one of the user's own merges updates that were carried over."""
+    return _BY_DIFFERENCES.get(rule) or by_rule(rule)
 
 
 @contextmanager

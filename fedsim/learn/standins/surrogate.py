@@ -12,7 +12,7 @@ import numpy as np
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
 from fedsim.contracts.learning import Evaluation, LocalRequests, LocalResults
-from fedsim.learn.standins.pending import PendingJobs
+from fedsim.learn.standins.pending import PendingJobs, PendingRows
 from fedsim.learn.standins.surrogate_model import Local, PanelFit, SurrogateModel, spread
 from fedsim.rng import Stream, normals
 from fedsim.state import take
@@ -47,11 +47,18 @@ class SurrogateLearner:
 
     def result(self, tickets: IntArray) -> LocalResults:
         """Drawn losses and importance; the ratios that whole heads and channels allow."""
-        rows = self._pending.take(tickets)
+        results = self._results(self._pending.take(tickets))
+        self._forget()
+        return results
+
+    def peek(self, tickets: IntArray) -> LocalResults:
+        """As `result`, and the tickets stay good."""
+        return self._results(self._pending.read(tickets))
+
+    def _results(self, rows: PendingRows) -> LocalResults:
         rounds, number = np.unique(rows.round_index, return_inverse=True)
         frozen = np.array([self._dispatched[int(index)] for index in rounds]).reshape(-1, 2)
         progress, dose = frozen[number, 0], frozen[number, 1]
-        self._forget()
 
         model, clients, count = self._model, rows.clients, len(rows.clients)
         heads, channels = kept_counts(self._shape, rows.ratio_target)
@@ -88,11 +95,14 @@ class SurrogateLearner:
         self._pending.take(tickets)
         self._forget()
 
-    def aggregate(self, results: LocalResults) -> None:
-        """Progress by the mean contribution; keep the new ratios."""
+    def aggregate(self, results: LocalResults, mix: float = 1.0, weights: FloatArray | None = None) -> None:
+        """Progress by the mean contribution, weighted; keep the new ratios."""
         if not len(results.clients):
             return
-        self._progress = self._progress + np.mean(np.array(results.payload, dtype=np.float64))
+        contribution = np.array(results.payload, dtype=np.float64)
+        if weights is not None:
+            contribution = contribution * weights
+        self._progress = self._progress + mix * np.mean(contribution)
         self._ratio[results.clients] = results.ratio
 
     def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:
@@ -120,13 +130,22 @@ class SurrogateLearner:
         """There is no adapter."""
 
     def state(self) -> State:
-        """Progress, shape (1,), and each client's ratio, shape (C,)."""
-        return {"progress": self._progress.copy(), "ratio": self._ratio.copy()}
+        """Progress, shape (1,), each client's ratio, shape (C,), and the jobs that wait."""
+        arrays: dict[str, np.ndarray] = {"progress": self._progress.copy(), "ratio": self._ratio.copy()}
+        if len(self._pending):
+            arrays["dispatched"] = np.array(list(self._dispatched), dtype=np.int64)
+            arrays["dispatched_at"] = np.array(list(self._dispatched.values()))
+        return {**arrays, **self._pending.state()}
 
     def restore(self, state: State) -> None:
         """Take what `state` gave. Raises RunError where it does not fit."""
         self._progress = take(state, "progress", self._progress)
         self._ratio = take(state, "ratio", self._ratio)
+        self._pending.restore(state)
+        self._dispatched = {}
+        if len(self._pending):
+            at = [(float(progress), float(dose)) for progress, dose in state["dispatched_at"]]
+            self._dispatched = dict(zip(state["dispatched"].tolist(), at, strict=True))
 
     def _importance(
         self, rounds: IntArray, clients: IntArray, rank: IntArray, ratio: FloatArray, log_before: FloatArray

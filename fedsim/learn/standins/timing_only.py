@@ -8,14 +8,14 @@ import numpy as np
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
 from fedsim.contracts.learning import Evaluation, LocalRequests, LocalResults
-from fedsim.learn.standins.pending import PendingJobs
+from fedsim.learn.standins.pending import PendingJobs, PendingRows
 from fedsim.structure import ModelShape, achieved_ratio, kept_counts
 
 
 class TimingLearner:
     """Implements `fedsim.contracts.learning.Learner` without weights: losses are NaN, and nothing can be evaluated.
 
-    It holds no state: under ``layer_local`` selection the structure's counts follow from the ratio alone.
+    Its only state is the jobs that wait: under ``layer_local`` selection counts follow from the ratio alone.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -28,7 +28,13 @@ class TimingLearner:
 
     def result(self, tickets: IntArray) -> LocalResults:
         """The ratios that whole heads and channels allow; no losses."""
-        rows = self._pending.take(tickets)
+        return self._results(self._pending.take(tickets))
+
+    def peek(self, tickets: IntArray) -> LocalResults:
+        """As `result`, and the tickets stay good."""
+        return self._results(self._pending.read(tickets))
+
+    def _results(self, rows: PendingRows) -> LocalResults:
         count = len(rows.clients)
         heads, channels = kept_counts(self._shape, rows.ratio_target)
         # Every layer keeps as many: one column stands for all of them, without a copy.
@@ -53,7 +59,7 @@ class TimingLearner:
         """Forget the requests."""
         self._pending.take(tickets)
 
-    def aggregate(self, results: LocalResults) -> None:
+    def aggregate(self, results: LocalResults, mix: float = 1.0, weights: FloatArray | None = None) -> None:
         """There is nothing to merge."""
 
     def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:
@@ -68,11 +74,12 @@ class TimingLearner:
         """There is no adapter."""
 
     def state(self) -> State:
-        """Nothing to keep."""
-        return {}
+        """The jobs that wait."""
+        return self._pending.state()
 
     def restore(self, state: State) -> None:
-        """Nothing to take."""
+        """Take what `state` gave."""
+        self._pending.restore(state)
 
     def _achieved(self, ratios: FloatArray) -> FloatArray:
         heads, channels = kept_counts(self._shape, ratios)

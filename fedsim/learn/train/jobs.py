@@ -48,7 +48,11 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What a trained client sends: its adapter at the widths of `structure`, and its averaged group scores."""
+    """What a trained client sends: its adapter at the widths of `structure`, and its averaged group scores.
+
+    Attributes:
+        start: the global adapter of the version at dispatch, as the server knows it; None: not known.
+    """
 
     adapter: Adapter
     structure: Structure
@@ -58,6 +62,7 @@ class Update:
     loss_after: float
     lora_importance: float
     outcome: Outcome
+    start: Adapter | None = None
 
 
 @dataclass(frozen=True)
