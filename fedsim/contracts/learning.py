@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,28 +125,6 @@ class Evaluation:
     accuracy: float
     loss: float
     accuracy_consensus: float
-
-
-class ServerOptimizer(Protocol):
-    """What a server makes of the mean difference of a merge, in the place of adding it (FedAdam and its like).
-
-    Tensors are torch's; written in their own methods and operators, its file loads no torch.
-    """
-
-    def step(self, name: str, difference: Any) -> Any:
-        """What is added to the global state, of the shape of `difference`: once per tensor and merge.
-
-        Args:
-            name: of the tensor, the same in every merge; which there are depends on the rule
-                (`fedsim.learn.merge.differences`).
-            difference: the mean of the clients' differences; its negative is the gradient.
-        """
-
-    def state(self) -> Mapping[str, Any]:
-        """Tensors by name, for the checkpoint."""
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Take what `state` gave."""
 
 
 class Learner(Protocol):

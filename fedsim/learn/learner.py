@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from fedsim.contracts.common import FloatArray, IntArray, State
-from fedsim.contracts.learning import Evaluation, LocalRequest, LocalRequests, LocalResults, ServerOptimizer
+from fedsim.contracts.learning import Evaluation, LocalRequest, LocalRequests, LocalResults
 from fedsim.learn.adapter_arrays import adapter_from, adapter_state
 from fedsim.learn.engine import Engine
 from fedsim.learn.export.peft_folder import write_peft_folder
 from fedsim.learn.faults import device_faults
 from fedsim.learn.job_queue import JobQueue
 from fedsim.learn.local_results import contributions_of, results_of, usable_updates
-from fedsim.learn.merge.differences import Step
+from fedsim.learn.merge.differences import ServerOptimizer, Step
 from fedsim.learn.merge.rules import merge
 from fedsim.learn.model.adapter import Adapter, folded
 from fedsim.learn.model.backbone import Backbone
@@ -136,7 +135,7 @@ class LoraLearner:
 
     def _step(self, mix: float) -> Step:
         server = self._parts.server
-        return mix if server is None else lambda name, difference: mix * server.step(name, difference)
+        return mix if server is None else lambda name, difference: mix * server(name, difference)
 
     def cut(self, clients: IntArray, ratios: FloatArray) -> FloatArray:
         """Prune clients at once, without training; one that may grow back does so where its ratio falls."""
@@ -185,7 +184,7 @@ class LoraLearner:
         arrays.update(self._plan.state())
         arrays.update(self._queue.state(self._adapter, self._parts.backbone.shape))
         if self._parts.server is not None:
-            arrays.update({f"server.{name}": own.cpu().numpy() for name, own in self._parts.server.state().items()})
+            arrays.update({f"server.{name}": array for name, array in self._parts.server.state().items()})
         return arrays
 
     def restore(self, state: State) -> None:
@@ -197,7 +196,4 @@ class LoraLearner:
         self._queue.restore(state, self._adapter, self._parts.backbone.shape, self._plan.guide)
         if self._parts.server is not None:
             own = {name: array for name, array in state.items() if name.startswith("server.")}
-            self._parts.server.restore({name.removeprefix("server."): self._tensor(own[name]) for name in own})
-
-    def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(array)).to(self._parts.backbone.device)
+            self._parts.server.restore({name.removeprefix("server."): array for name, array in own.items()})

@@ -167,15 +167,15 @@ class Momentum:
     def __init__(self):
         self.added = {}
 
-    def step(self, name, difference):
+    def __call__(self, name, difference):
         self.added[name] = difference + 0.5 * self.added.get(name, 0.0)
         return self.added[name]
 
     def state(self):
-        return self.added
+        return {name: tensor.numpy().copy() for name, tensor in self.added.items()}
 
     def restore(self, state):
-        self.added = dict(state)
+        self.added = {name: torch.from_numpy(array) for name, array in state.items()}
 
 
 @pytest.mark.parametrize("rule", ["lowrank", "average_factors", "stack"])

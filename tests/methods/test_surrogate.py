@@ -105,6 +105,29 @@ def test_a_job_is_frozen_at_dispatch():
         own.result(early)
 
 
+def test_what_waits_is_resumed_as_it_was_frozen():
+    """Two versions in flight: their progress and dose at dispatch come back, and the tickets."""
+    whole, resumed = learner(), learner()
+    early = whole.submit(requests(0, np.arange(4)))
+    play(whole, range(1, 3), np.arange(10, 20))
+    late = whole.submit(requests(3, np.arange(4, 8), rate=1e-3))
+    whole.discard(early[:1])
+    assert same(whole.peek(late), whole.peek(late))
+    resumed.restore({key: value.copy() for key, value in whole.state().items()})
+    tickets = np.concatenate([late, early[1:]])
+    assert same(whole.result(tickets), resumed.result(tickets))
+    assert whole.state().keys() == {"progress", "ratio"} == resumed.state().keys()
+
+
+def test_shares_of_contributions_add_up():
+    """Progress of a merge: the mean contribution, each by its weight, and of the mean the share `mix`."""
+    one, other = learner(), learner()
+    results = one.result(one.submit(requests(0, np.arange(4))))
+    one.aggregate(results, mix=0.5, weights=np.array([1.0, 0.0, 0.0, 0.0]))
+    other.aggregate(results)
+    assert one.state()["progress"] == pytest.approx(other.state()["progress"] / 8.0)
+
+
 def test_nobodys_update_moves_nothing_and_discarded_jobs_are_gone():
     own = learner()
     before = own.state()

@@ -185,6 +185,14 @@ def test_stale_updates_are_merged_by_their_differences(rule, some, mix):
     assert_merged(rule, present, contributions[some], mix, merged(rule, present, contributions[some], mix))
 
 
+@pytest.mark.parametrize("cheaper", [True, False], ids=["factored", "dense"])
+@pytest.mark.parametrize("rule", PRODUCTS)
+def test_both_ways_to_truncate_give_the_same(rule, cheaper, monkeypatch):
+    monkeypatch.setattr("fedsim.learn.merge.differences.factored_is_cheaper", lambda *sizes: cheaper)
+    present, contributions = rounds(rule)
+    assert_merged(rule, present, contributions, 0.3, merged(rule, present, contributions, 0.3))
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_server_step_gets_every_mean_difference_once_and_its_answer_is_added(rule):
     present, contributions = rounds(rule)

@@ -99,8 +99,9 @@ def merge(
         return previous
     _check(previous, contributions, shape)
     merging = Merging(previous, contributions, shape, rank_max, alpha_over_rank, settings)
+    step = step if callable(step) else float(step)
     with _exact_products():
-        if isinstance(step, float) and step == 1.0 and all_current(merging):
+        if step == 1.0 and all_current(merging):
             return rule(merging)
         return differences_of(rule)(merging, step)
 
