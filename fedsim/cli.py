@@ -7,6 +7,7 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import sys
@@ -23,11 +24,23 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``fedsim`` command; returns the exit code."""
-    arguments = _parse(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or log that cannot show a character of a path gets it escaped: a finished run has not failed.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+    arguments = argparse.Namespace()
     try:
+        arguments = _parse(argv)
         return int(arguments.action(arguments) or 0)
     except FedsimError as error:
         print(f"fedsim: error: {error}{_cure(arguments, str(error))}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(
+            f"fedsim: error: out of memory on this computer{f' ({error})' if str(error) else ''}: take fewer clients, "
+            "a smaller batch or model, or fewer workers; an unfinished run goes on with --resume",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("fedsim: interrupted; an unfinished run goes on with --resume", file=sys.stderr)
@@ -36,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, say) has gone; there is nobody left to tell.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"fedsim: error: '{error.filename}': {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
 _OWN = re.compile(r"(?<!--baseline: )unknown (method|control\.policy) '|prune\.criterion: unknown value '")

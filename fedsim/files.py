@@ -9,14 +9,27 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from fedsim.errors import RunError
+from fedsim.places import temporary_name
 
 TEMPORARY_SUFFIX = ".tmp"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF, errno.EISDIR)
+"""What systems say that cannot force a folder (CIFS), or anything, to disk; unlike EIO no sign of lost data."""
+_said: set[str] = set()
+
+
+def warn_once(sentence: str) -> None:
+    """A warning on standard error, the same one once in a process."""
+    if sentence not in _said:
+        _said.add(sentence)
+        print(f"fedsim: warning: {sentence}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -45,12 +58,28 @@ def writing(path: Path, need_bytes: int | None = None) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (names made or replaced in it) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Force a folder's entries (names made or replaced in it) to disk, where the file system can."""
+    flag = getattr(os, "O_DIRECTORY", None)
+    if flag is None:
+        return  # Windows opens no folders
+    descriptor = os.open(folder, os.O_RDONLY | flag)
     try:
-        os.fsync(descriptor)
+        force(descriptor)
     finally:
         os.close(descriptor)
+
+
+def force(descriptor: int) -> None:
+    """``fsync``; a file system that has none is warned of once, and what it holds may not outlast a power cut."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+        warn_once(
+            f"this file system cannot be told to write to disk at once ({error.strerror or error}): after a power cut "
+            "the newest checkpoint may be missing"
+        )
 
 
 @contextmanager
@@ -62,13 +91,13 @@ def replacing(path: Path, need_bytes: int | None = None) -> Iterator[Path]:
     Raises:
         RunError: as `writing`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    temporary = temporary_name(path, TEMPORARY_SUFFIX)
     with writing(path, need_bytes):
         try:
             yield temporary
-            descriptor = os.open(temporary, os.O_RDONLY)
+            descriptor = os.open(temporary, os.O_RDWR)
             try:
-                os.fsync(descriptor)
+                force(descriptor)
             finally:
                 os.close(descriptor)
             os.replace(temporary, path)
@@ -92,6 +121,18 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """`atomic_write_bytes` of UTF-8 text."""
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``; whatever is wrong, a nesting too deep for it included, is a ValueError.
+
+    Raises:
+        ValueError: not JSON, or a number of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def json_text(value: object) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TypeAlias
+
+from fedsim.places import user_path
 
 BASELINE_HELP = "method or row to measure speedups against (default: fedlora, else fedspine_uniform, else the slowest)"
 WHERE_HELP = "only runs with this setting, such as fleet.name=fedspine-80 (several values: commas; may be repeated)"
@@ -40,7 +41,7 @@ def _run(commands: Commands) -> None:
     run.add_argument(
         "overrides", nargs="*", metavar="key=value", help="configuration keys, such as train.local_steps=10"
     )
-    run.add_argument("--out", metavar="DIR", type=Path, help="run directory (default: runs/CONFIG-METHOD-seedN)")
+    run.add_argument("--out", metavar="DIR", type=user_path, help="run directory (default: runs/CONFIG-METHOD-seedN)")
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     again.add_argument("--force", action="store_true", help="overwrite an existing run")
@@ -67,7 +68,7 @@ def _sweep(commands: Commands) -> None:
         "--grid", action="append", default=[], metavar="key=v1,v2", help="values of one key; again for another key"
     )
     sweep.add_argument("--seeds", metavar="0-4", help="a range, or a list 0,2,5 (default: the configuration's seed)")
-    sweep.add_argument("--out", metavar="DIR", type=Path, help="the sweep's folder (default: runs/NAME)")
+    sweep.add_argument("--out", metavar="DIR", type=user_path, help="the sweep's folder (default: runs/NAME)")
     where = sweep.add_mutually_exclusive_group()
     where.add_argument("--workers", metavar="N", type=int, help="cells at a time (default: the number of cores)")
     where.add_argument(
@@ -88,7 +89,7 @@ def _compare(commands: Commands) -> None:
     compare = commands.add_parser("compare", help="table and figures of finished runs")
     _add_comparison(compare)
     compare.add_argument(
-        "--out", metavar="DIR", type=Path, help="folder for figures and their CSV (default: none drawn)"
+        "--out", metavar="DIR", type=user_path, help="folder for figures and their CSV (default: none drawn)"
     )
     compare.add_argument("--round", metavar="N", type=int, help="round of the timeline (default: the middle one)")
     compare.add_argument("--json", action="store_true", help="machine-readable output")
@@ -103,7 +104,7 @@ def _report(commands: Commands) -> None:
     )
     _add_comparison(report)
     report.add_argument(
-        "--out", metavar="FILE.html", type=Path, help="default: report.html in DIR, or here for several DIR"
+        "--out", metavar="FILE.html", type=user_path, help="default: report.html in DIR, or here for several DIR"
     )
     _add_import(report)
 
@@ -115,8 +116,8 @@ def _surrogate(commands: Commands) -> None:
         description="Fit a loss model to a finished run that trained. Runs with train.engine=surrogate and "
         "train.surrogate=FILE draw losses and accuracies from it; all their outputs say so.",
     )
-    surrogate.add_argument("run", metavar="RUN", type=Path, help="run directory, finished, with client_rounds")
-    surrogate.add_argument("--out", metavar="FILE", type=Path, required=True, help="JSON file to write")
+    surrogate.add_argument("run", metavar="RUN", type=user_path, help="run directory, finished, with client_rounds")
+    surrogate.add_argument("--out", metavar="FILE", type=user_path, required=True, help="JSON file to write")
     _add_import(surrogate)
 
 
@@ -127,7 +128,7 @@ def _export(commands: Commands) -> None:
         description="Write one client's pruned model, or the consensus, with the run's LoRA. The folder's README.md "
         "says how to load it.",
     )
-    export.add_argument("run", metavar="RUN", type=Path, help="run directory, finished")
+    export.add_argument("run", metavar="RUN", type=user_path, help="run directory, finished")
     whose = export.add_mutually_exclusive_group(required=True)
     whose.add_argument("--device", metavar="CLIENT", type=int, help="the structure of one client, counted from 0")
     whose.add_argument(
@@ -140,7 +141,7 @@ def _export(commands: Commands) -> None:
         help="dense: original shapes, zeros where pruned (default); sliced: small shapes, loaded with fedsim's classes",
     )
     export.add_argument("--merge", action="store_true", help="add the LoRA to the weights (default: in DIR/adapter)")
-    export.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to make")
+    export.add_argument("--out", metavar="DIR", type=user_path, required=True, help="folder to make")
     _add_import(export)
 
 
@@ -216,7 +217,7 @@ def _add_import(command: argparse.ArgumentParser) -> None:
 
 def _add_comparison(command: argparse.ArgumentParser) -> None:
     """What a table and a page of the same runs both take."""
-    command.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="runs, or folders of runs")
+    command.add_argument("directories", nargs="+", metavar="DIR", type=user_path, help="runs, or folders of runs")
     command.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
     command.add_argument("--baseline", metavar="METHOD", help=BASELINE_HELP)
     command.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=WHERE_HELP)

@@ -12,11 +12,20 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+MOST_CLIENTS = 10_000_000
+_MOST = 10_000_000
+"""Rounds, steps, samples: more than anybody can run, and few enough that products of two stay exact. [ours]"""
+_MOST_FLOAT = 1e12
+
+Positive = Annotated[int, Field(ge=1, le=_MOST)]
+NonNegative = Annotated[int, Field(ge=0, le=_MOST)]
+Rows = Annotated[int, Field(ge=1, le=2**40)]
+Bytes = Annotated[int, Field(ge=1, le=2**50)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, le=_MOST_FLOAT, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=_MOST_FLOAT, allow_inf_nan=False)]
+Scale = Annotated[float, Field(gt=0.0, le=1e6, allow_inf_nan=False)]
+"""Factors that weights or gradients are multiplied by: beyond it fp32 overflows at once."""
 
 
 class Section(BaseModel):
@@ -45,7 +54,7 @@ class ModelSettings(Section):
     lora_targets: Literal["all"] | list[str] = "all"
     lora_rank: Positive = 8
     lora_rank_max: Positive = 32
-    lora_alpha_over_rank: PositiveFloat = 2.0
+    lora_alpha_over_rank: Scale = 2.0
 
 
 class DataSettings(Section):
@@ -69,14 +78,14 @@ class DataSettings(Section):
     partition: Literal["iid", "dirichlet", "field"] = "dirichlet"
     alpha: PositiveFloat = 10.0
     field: str | int | None = None
-    max_samples: Positive | None = None
+    max_samples: Rows | None = None
 
 
 class FleetSettings(Section):
     """The simulated devices. ``name`` is a built-in fleet or a YAML file; ``mode_period`` 0 never re-draws modes."""
 
     name: str = "fedspine-80"
-    clients: Positive | None = None
+    clients: Annotated[int, Field(ge=1, le=MOST_CLIENTS)] | None = None
     mode_period: NonNegative | None = None
 
 
@@ -110,13 +119,13 @@ class TrainSettings(Section):
     local_steps: Positive = 20
     recovery_steps: NonNegative | None = None
     batch_size: Positive = 8
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: Scale = 1e-3
     schedule: Literal["linear", "constant"] = "linear"
     max_length: Positive = 64
     engine: Literal["auto", "reference", "masked", "sliced", "surrogate", "none"] = "auto"
     surrogate: str | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    memory_budget_bytes: Positive | None = None
+    memory_budget_bytes: Bytes | None = None
     torch_device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
     rank_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -179,7 +188,7 @@ class EvaluateSettings(Section):
 
     every_rounds: Positive = 5
     panel: Positive = 8
-    max_samples: Positive | None = None
+    max_samples: Rows | None = None
 
 
 class CostSettings(Section):

@@ -8,23 +8,20 @@ bandwidth x memory clock's share x efficiency, launches = launch cost / CPU cloc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import yaml
 
 from fedsim.contracts.common import FloatArray
 from fedsim.cost.units import Status, si_factor, units_of
 from fedsim.cost.workload import BYTES_PER_VALUE, Precision
-from fedsim.errors import ProfileError, unknown
+from fedsim.errors import ProfileError, RunError, unknown
+from fedsim.places import check_name, user_path
 from fedsim.resources import resource_folder
-
-# The same safe loader in C where PyYAML was built with it: ten times faster.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+from fedsim.yaml_text import YamlError, read_yaml, shown
 
 FLOPS_PER_CORE_CYCLE = 2
 """One fused multiply-add per core and clock."""
@@ -153,6 +150,8 @@ _PROFILE_KINDS = {
     "radio_power": "power",
 }
 _ROW_FIELDS = ("rests_on", "fitted_to")
+_LEAST, _MOST = 1e-15, 1e18
+"""Bounds of a number in its unit: nothing real is beyond them, and times made of such numbers stay finite."""
 _SHARES = ("efficiency_fp32", "efficiency_fp16", "bandwidth_efficiency")
 
 
@@ -167,17 +166,17 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     Raises:
         ProfileError: no such profile, or a number that is missing, not positive, out of its band or in a wrong unit.
     """
-    path = Path(name_or_path)
+    path = user_path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if str(name_or_path) not in profile_names():
             raise ProfileError(unknown("device", str(name_or_path), profile_names()) + ", or the path of a .yaml file")
         path = resource_folder("device_profiles") / f"{name_or_path}.yaml"
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ProfileError(f"profile file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ProfileError(f"profile file {path} cannot be read as YAML ({' '.join(str(error).split())})") from error
+    except (OSError, UnicodeDecodeError, YamlError) as error:
+        raise ProfileError(f"profile file {path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ProfileError(f"profile file {path} must hold a mapping, not {type(content).__name__}")
     try:
@@ -190,6 +189,10 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfile:
     """Check the content of a profile file. Raises ProfileError naming profile, field and what is needed."""
     name = str(content.get("name", fallback_name))
+    try:
+        check_name("device", name)
+    except RunError as error:
+        raise ProfileError(str(error)) from None
     known = {"name", "description", "default_mode", "modes", *_ROW_FIELDS, *_PROFILE_KINDS}
     _refuse_unknown(name, "", content, known)
     shared = {field: _quantity(name, field, content.get(field), kind) for field, kind in _PROFILE_KINDS.items()}
@@ -244,7 +247,7 @@ def _quantity(profile: str, field: str, content: object, kind: str) -> Quantity:
     if content is None:
         raise ProfileError(f"{here} is missing; needed is {need}")
     if not isinstance(content, Mapping):
-        raise ProfileError(f"{here} is {content!r}; needed is {need}")
+        raise ProfileError(f"{here} is {shown(repr(content))}; needed is {need}")
     _refuse_unknown(profile, f"{field}.", content, {"value", "unit", "status", "source", "low", "high"})
     unit = str(content.get("unit"))
     if unit not in units:
@@ -258,8 +261,8 @@ def _quantity(profile: str, field: str, content: object, kind: str) -> Quantity:
     numbers: dict[str, float] = {}
     for key in ("value", "low", "high"):
         number = content.get(key, content.get("value"))
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number) or number <= 0:
-            raise ProfileError(f"{here} has {key} {number!r}; it must be a positive number")
+        if not isinstance(number, int | float) or isinstance(number, bool) or not _LEAST <= number <= _MOST:
+            raise ProfileError(f"{here} has {key} {shown(repr(number))}; it must be a positive number")
         numbers[key] = float(number)
     if not numbers["low"] <= numbers["value"] <= numbers["high"]:
         raise ProfileError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 from fedsim.cost.foreign_shapes import FOREIGN_SHAPES
 from fedsim.errors import ModelError, nearest
+from fedsim.files import parse_json
+from fedsim.places import user_path
 from fedsim.resources import MODELS, asset_folder
 from fedsim.structure import Architecture, ModelShape
 
@@ -84,8 +85,8 @@ def _find_shape(name: str, labels: int) -> ModelShape:
         return replace(FOREIGN_SHAPES[name], labels=labels)
     if name in MODELS:
         return _read_shape(asset_folder(name) / "config.json", name, labels)
-    if Path(name).expanduser().is_dir():
-        return _read_shape(Path(name).expanduser() / "config.json", name, labels)
+    if user_path(name).is_dir():
+        return _read_shape(user_path(name) / "config.json", name, labels)
     return _read_shape(_hub_config(name), name, labels)
 
 
@@ -108,7 +109,7 @@ def _hub_config(name: str) -> Path:
 
 def _read_shape(path: Path, name: str, labels: int) -> ModelShape:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(f"model '{name}' has no config.json in {path.parent}") from error
     except (OSError, ValueError) as error:

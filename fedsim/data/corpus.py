@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +13,7 @@ from fedsim.data.labelled import Corpus, LabelledText
 from fedsim.data.synthetic import completions_corpus, synthetic_corpus
 from fedsim.data.tables import Column, Source, read_columns
 from fedsim.errors import DataError
+from fedsim.places import user_path
 from fedsim.rng import Stream, generator
 from fedsim.settings import DataSettings
 
@@ -173,7 +173,7 @@ def _assemble(rows: _Rows, test_rows: _Rows | None, settings: DataSettings, wher
 
 
 def _from_file(field: str, path: str, text: Column, settings: DataSettings) -> _Rows:
-    source = Source(field, Path(path).expanduser(), settings.header, settings.quoting)
+    source = Source(field, user_path(path), settings.header, settings.quoting)
     keys = _columns(settings, text)
     rows = _collect(read_columns(source, keys), keys, settings, source.fault)
     if not rows.texts:

@@ -30,13 +30,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedsim.errors import ProfileError, nearest, unknown
+from fedsim.places import user_path
 from fedsim.resources import resource_folder
+from fedsim.settings import MOST_CLIENTS
+from fedsim.yaml_text import YamlError, read_yaml, shown
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=MOST_CLIENTS)]
+MOST_SIGMA = 2.0
+"""The largest spread of a jitter's logarithm: beyond it most times vanish beside a few huge ones. [ours]"""
+_LEAST_MBPS, _MOST_MBPS = 1e-4, 1e6
+_MOST = {"latency_ms": 1e6, "jitter_sigma": MOST_SIGMA}
 
 
 class _Part(BaseModel):
@@ -81,6 +87,11 @@ class Number(_Part):
         """The smallest value that any client can get."""
         return self.low if self.draw == "uniform" else self.value
 
+    @property
+    def largest(self) -> float:
+        """The largest value that any client can get."""
+        return self.high if self.draw == "uniform" else self.value
+
 
 def _fixed(value: float) -> Number:
     return Number(value=value, low=value, high=value, source="default of fleet files")
@@ -102,6 +113,12 @@ class LinkSpec(_Part):
             if number.smallest < 0 or (name.endswith("mbps") and number.smallest == 0):
                 bound = "above 0" if name.endswith("mbps") else "at least 0"
                 raise ValueError(f"{name} is {number.smallest:g}, it must be {bound}")
+            low, high = (_LEAST_MBPS, _MOST_MBPS) if name.endswith("mbps") else (0.0, _MOST[name])
+            if number.smallest < low or number.largest > high:
+                beyond = number.smallest if number.smallest < low else number.largest
+                raise ValueError(
+                    f"{name} is {beyond:g} {unit}, which no link has (allowed: {low:g} to {high:g}{_hint(name)})"
+                )
         return self
 
 
@@ -130,6 +147,11 @@ class FleetFile(_Part):
         _check_unit("compute_jitter_sigma", self.compute_jitter_sigma, "1")
         if self.compute_jitter_sigma.smallest < 0 or self.compute_jitter_sigma.draw != "fixed":
             raise ValueError("compute_jitter_sigma must be one fixed number of at least 0")
+        if self.compute_jitter_sigma.value > MOST_SIGMA:
+            raise ValueError(
+                f"compute_jitter_sigma is {self.compute_jitter_sigma.value:g} (allowed: 0 to {MOST_SIGMA:g}"
+                f"{_hint('jitter_sigma')})"
+            )
         for device in self.devices:
             if device.link is not None and device.link not in self.links:
                 raise ValueError(unknown("link", device.link, self.links))
@@ -139,6 +161,10 @@ class FleetFile(_Part):
     def pattern(self) -> list[DeviceSpec]:
         """The listed devices one by one, counts expanded."""
         return [device for device in self.devices for _ in range(device.count)]
+
+
+def _hint(name: str) -> str:
+    return "; the standard deviation of the time's logarithm, so 0.1 for about 10 %" if "sigma" in name else ""
 
 
 def _check_unit(name: str, number: Number, unit: str) -> None:
@@ -163,7 +189,7 @@ def fleet_path(name: str) -> Path:
     """
     if name in fleet_names():
         return _folder() / f"{name}.yaml"
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -178,11 +204,11 @@ def read_fleet_file(path: Path) -> FleetFile:
         ProfileError: the file cannot be read, is not YAML, or a field is missing, unknown or out of range.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(f"fleet file '{path}' cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise ProfileError(f"fleet file '{path}' is not YAML: {' '.join(str(error).split())}") from error
+    except YamlError as error:
+        raise ProfileError(f"fleet file '{path}' is not YAML that can be used: {error}") from error
     if not isinstance(content, dict):
         raise ProfileError(
             f"fleet file '{path}' must hold keys and values (allowed: {', '.join(FleetFile.model_fields)})"
@@ -217,5 +243,5 @@ def _sentence(error: ValidationError) -> str:
         return f"{field} is missing"
     message = first["msg"].removeprefix("Value error, ")
     value = first["input"]
-    shown = f" is {value!r}" if isinstance(value, (str, int, float, bool, type(None), list)) else ""
-    return f"{field}{shown}: {message[0].lower()}{message[1:]}"
+    given = f" is {shown(repr(value))}" if isinstance(value, (str, int, float, bool, type(None), list)) else ""
+    return f"{field}{given}: {message[0].lower()}{message[1:]}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,10 +106,27 @@ _SETTINGS = {
 }
 
 
+def _matplotlib() -> Any:
+    """Matplotlib, whatever backend the environment names: a Jupyter kernel's may not be installed here.
+
+    Figures are only written to files, so any backend will do; one that can be used is left to the user's own figures.
+    """
+    try:
+        return importlib.import_module("matplotlib")
+    except ValueError:
+        backend = os.environ.pop("MPLBACKEND", None)
+        if backend is None:
+            raise
+        try:
+            return importlib.import_module("matplotlib")
+        finally:
+            os.environ["MPLBACKEND"] = backend
+
+
 @contextmanager
 def canvas(width_in: float, height_in: float) -> Iterator[Figure]:
     """A figure that no window system and no global state of pyplot knows, in the common style."""
-    import matplotlib
+    matplotlib = _matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -11,7 +11,6 @@ the same results wherever its checkpoints are.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedsim.errors import RunError
-from fedsim.files import TEMPORARY_SUFFIX, json_text, sync_folder, writing
+from fedsim.files import TEMPORARY_SUFFIX, force, json_text, parse_json, sync_folder, writing
 
 KEPT = 2
 """How many checkpoints stay: the newest, and one to go back to should it be damaged."""
@@ -156,7 +155,7 @@ def _write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        force(stream.fileno())
 
 
 def _move_in_place(temporary: Path, target: Path) -> None:
@@ -181,7 +180,7 @@ def _read(path: Path, remedy: str) -> bytes:
 
 def _read_meta(path: Path, next_round: int, remedy: str) -> dict[str, Any]:
     try:
-        record = json.loads(_read(path, remedy))
+        record = parse_json(_read(path, remedy))
     except ValueError:
         raise RunError(f"checkpoint file '{path}' is damaged (not valid JSON): {remedy}") from None
     whole = isinstance(record, dict) and isinstance(record.get("meta"), dict) and "state_sha256" in record

@@ -1,25 +1,21 @@
 """The folder of one run: who may write in it, and how a file gets there whole or not at all.
 
-A writer holds an exclusive lock (``flock`` on ``.lock``), which the kernel releases when the process ends in whatever
-way, so that a killed run never stays locked. Every file is written under a temporary name in the same folder, forced
-to disk, and renamed: a reader sees the old file or the new one, never a half of it.
+A writer holds an exclusive lock (`fedsim.locks`). Every file is written under a temporary name in the same folder,
+forced to disk, and renamed: a reader sees the old file or the new one, never a half of it.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from fedsim.errors import RunError
-from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, sync_folder, writing
+from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, parse_json, sync_folder, writing
+from fedsim.locks import acquire, release
+from fedsim.places import user_path
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -41,7 +37,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"'{path}' is not a run directory: it has no {MANIFEST}") from None
     except OSError as error:
@@ -78,7 +74,7 @@ class RunDirectory:
             RunError: another process writes there, a run or foreign files are there and not `force`, or the folder
                 cannot be written.
         """
-        path = Path(path)
+        path = user_path(path)
         if path.exists() and not path.is_dir():
             raise RunError(f"run directory '{path}' is a file; give another folder (--out)")
         with writing(path):
@@ -90,7 +86,7 @@ class RunDirectory:
             else:
                 _refuse_used(path)
         except BaseException:
-            _release(lock)
+            release(lock)
             raise
         return cls(path, lock, {})
 
@@ -101,7 +97,7 @@ class RunDirectory:
         Raises:
             RunError: no run is there, it never began, it is damaged, or another process writes there.
         """
-        path = Path(path)
+        path = user_path(path)
         if not path.is_dir():
             raise RunError(f"run directory '{path}' does not exist: nothing to resume; start it without --resume")
         if not (path / MANIFEST).exists():
@@ -110,7 +106,7 @@ class RunDirectory:
         try:
             manifest = read_manifest(path)
         except BaseException:
-            _release(lock)
+            release(lock)
             raise
         return cls(path, lock, manifest)
 
@@ -141,7 +137,7 @@ class RunDirectory:
     def close(self) -> None:
         """Release the lock. Closing twice does nothing."""
         if self._lock is not None:
-            _release(self._lock)
+            release(self._lock)
             self._lock = None
 
     def __enter__(self) -> RunDirectory:
@@ -164,33 +160,15 @@ def check_usable(path: Path, force: bool) -> None:
     if not path.is_dir():
         raise RunError(f"run directory '{path}' is a file; give another folder (--out)")
     if (path / LOCK).exists():
-        _release(_acquire(path))
+        release(_acquire(path))
     if not force:
         _refuse_used(path)
 
 
 def _acquire(path: Path) -> int:
-    file = path / LOCK
-    with writing(file):
-        # Never removed: a lock on a file that another process has unlinked would protect nothing.
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise RunError(
-                f"run directory '{path}' is in use by another process: wait for its end, or give another --out"
-            ) from None
-        raise RunError(f"cannot lock run directory '{path}': {error.strerror or error}") from error
-    return descriptor
-
-
-def _release(descriptor: int) -> None:
-    # Unlocked by name, not by closing alone: a forked worker may still hold a copy of the descriptor.
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+    return acquire(
+        path / LOCK, f"run directory '{path}' is in use by another process: wait for its end, or give another --out"
+    )
 
 
 def _refuse_used(path: Path) -> None:

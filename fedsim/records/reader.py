@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from fedsim.errors import RunError
+from fedsim.places import user_path
 from fedsim.records.columns import TABLES, schema_of
 from fedsim.records.folder import CONFIG, MANIFEST, PARTS, SWEEP_BOOK, read_manifest
 from fedsim.records.lost import LostUpdates, lost_updates
 from fedsim.records.writer import list_parts
 from fedsim.text import seconds_text
+from fedsim.yaml_text import YamlError, read_yaml
 
 _AFRESH = "delete the folder and run it again; for a sweep's cell the same sweep command runs it again"
 
@@ -167,7 +168,7 @@ def load(path: str | Path) -> Run:
     Raises:
         RunError: no such directory, not a run (a sweep's folder is told apart), or a damaged manifest or configuration.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_dir():
         raise RunError(f"no such run directory: '{path}'")
     if is_sweep_folder(path):
@@ -175,10 +176,10 @@ def load(path: str | Path) -> Run:
     manifest = read_manifest(path)
     file = path / CONFIG
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = read_yaml(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError(f"cannot read '{file}': {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (YamlError, UnicodeDecodeError):
         config = None
     if not isinstance(config, dict):
         raise RunError(f"'{file}' is damaged (not a YAML mapping)")
@@ -194,7 +195,7 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         RunError: no such directory, or no run below it.
     """
     found: dict[Path, Run] = {}
-    given = [Path(path) for path in paths]
+    given = [user_path(path) for path in paths]
     for path in given:
         if path.name == SWEEP_BOOK and path.is_file():
             continue  # "SWEEP/*" names it beside the runs

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedsim.errors import RunError
 from fedsim.files import atomic_write_text, writing
+from fedsim.places import user_path
 from fedsim.records.folder import MANIFEST
 from fedsim.records.reader import Run, find_runs
 from fedsim.report import sections
@@ -42,8 +43,8 @@ def write_report(
         RunError: no run, none finished, runs that do not belong together, or a file that cannot be written.
         ConfigError: a target or a baseline that is not allowed.
     """
-    given = [Path(folders)] if isinstance(folders, (str, Path)) else [Path(folder) for folder in folders]
-    path = Path(out) if out is not None else given[0] / REPORT if len(given) == 1 else Path(REPORT)
+    given = [user_path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
+    path = user_path(out) if out is not None else given[0] / REPORT if len(given) == 1 else Path(REPORT)
     if path.is_dir():
         raise RunError(f"--out: '{path}' is a folder; give the name of a file, such as {path / REPORT}")
     runs = choose_runs(find_runs(given), where)

@@ -6,7 +6,6 @@ Paths inside a configuration are relative to the working directory.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -22,39 +21,16 @@ from fedsim.control.policies import POLICY_DEFAULTS
 from fedsim.errors import ConfigError, nearest, unknown
 from fedsim.methods.base import Method
 from fedsim.methods.catalogue import METHODS, method_named
+from fedsim.places import user_path
 from fedsim.resources import resource_folder
+from fedsim.runner.plain import plain
 from fedsim.settings import Config
+from fedsim.yaml_text import YamlError, read_yaml, shown
 
 Tree = dict[str, Any]
 
 _ALSO = "\n  and "
 """Between the sentences of a refusal with several reasons."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a key may stand only once."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> Tree:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise ConfigError(
-                f"key '{key}' stands twice (line {key_node.start_mark.line + 1}); each key is allowed once"
-            )
-        seen.add(key)
-    return {str(key): value for key, value in loader.construct_mapping(node, deep=True).items()}
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_repeats)
 
 
 def find_config(name: str | Path) -> Path:
@@ -63,7 +39,7 @@ def find_config(name: str | Path) -> Path:
     Raises:
         ConfigError: neither exists.
     """
-    path = Path(name)
+    path = user_path(name)
     if path.is_file():
         return path
     folder = resource_folder("experiments")
@@ -79,9 +55,9 @@ def find_config(name: str | Path) -> Path:
 def read_tree(path: Path) -> Tree:
     """The raw mapping in a YAML file."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration '{path}' is not readable YAML: {' '.join(str(error).split())}") from error
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration '{path}' is not readable YAML: {error}") from error
     except OSError as error:
         raise ConfigError(f"configuration '{path}' cannot be read: {error.strerror}") from error
     if tree is None:
@@ -99,9 +75,9 @@ def parse_overrides(items: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise ConfigError(f"override '{item}' is not of the form key=value, such as train.local_steps=10")
         try:
-            values[key.strip()] = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override '{item}': the value is not readable YAML") from error
+            values[key.strip()] = read_yaml(text)
+        except YamlError as error:
+            raise ConfigError(f"override '{shown(item)}': the value is not readable YAML: {error}") from error
     return values
 
 
@@ -151,7 +127,7 @@ def _sentence(first: ErrorDetails, error: ValidationError) -> str:
     value = first["input"]
     if first["type"] in ("missing", "too_long", "tuple_type"):
         allowed = f"should be a list of {len(get_args(model))} numbers"
-    return f"{'.'.join(path)}: value {value!r} is not allowed (it {allowed})"
+    return f"{'.'.join(path)}: value {shown(repr(value))} is not allowed (it {allowed})"
 
 
 def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
@@ -160,9 +136,9 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     Raises:
         ConfigError: one sentence naming the key, its value and what is allowed.
     """
-    user: Tree = copy.deepcopy(dict(tree))  # the caller's own sections must not take the overrides
+    user: Tree = plain(dict(tree))  # a copy: the caller's own sections must not take the overrides
     for key, value in (overrides or {}).items():
-        _set(user, key, value)
+        _set(user, key, plain(value))
     name = user.get("method", Config.model_fields["method"].default)
     if not isinstance(name, str):
         raise ConfigError(f"method: value {name!r} is not allowed (it should be one of {', '.join(sorted(METHODS))})")

@@ -16,6 +16,7 @@ from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
 from fedsim.cost.device import DeviceProfile, perturbed
 from fedsim.errors import RunError
 from fedsim.methods.catalogue import method_named
+from fedsim.places import user_path
 from fedsim.records.checkpoint import CheckpointPace, has_checkpoint, load_checkpoint, save_checkpoint
 from fedsim.records.folder import CHECKPOINT, MANIFEST, PARTS, RunDirectory, check_usable
 from fedsim.records.reader import Run, load
@@ -58,7 +59,7 @@ def run(
         FedsimError: one sentence naming the field, the value and what is allowed.
     """
     checked, stem = _resolve(config, {key.replace("__", "."): value for key, value in overrides.items()})
-    path = Path(out) if out is not None else _default_directory(stem, checked)
+    path = user_path(out) if out is not None else _default_directory(stem, checked)
     # A run killed before its manifest was written has nothing to resume: it begins.
     if resume and not force and (path / MANIFEST).exists():
         with RunDirectory.open_for_resume(path) as directory:

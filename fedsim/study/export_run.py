@@ -18,6 +18,7 @@ import numpy as np
 from fedsim.contracts.common import State
 from fedsim.errors import FedsimError, ModelError, RunError, unknown
 from fedsim.files import writing
+from fedsim.places import user_path
 from fedsim.records.checkpoint import load_checkpoint
 from fedsim.records.folder import CHECKPOINT
 from fedsim.records.reader import Run, load
@@ -92,7 +93,7 @@ def export_run(
         ModelError: the base model is no longer at hand.
     """
     run, config = check_export(run, out, device, consensus, format)
-    out = Path(out)
+    out = user_path(out)
     state = _last_state(run)
 
     from fedsim.learn.export.card import ExportFacts
@@ -164,7 +165,7 @@ def check_export(
     run = run if isinstance(run, Run) else load(run)
     _check_asked(device, consensus, format)
     _check_run(run, device)
-    _check_out(Path(out))
+    _check_out(user_path(out))
     return run, build_config(run.config)
 
 

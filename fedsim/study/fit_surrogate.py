@@ -32,6 +32,7 @@ from fedsim.learn.standins.surrogate_model import (
 )
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.surrogate_use import DEPENDS_ON, setting
+from fedsim.places import user_path
 from fedsim.records.reader import Run, load
 from fedsim.study.surrogate_rows import SourceRows, source_rows
 
@@ -63,7 +64,7 @@ def fit_surrogate(run: str | Path, out: str | Path) -> SurrogateModel:
     """
     source = load(run)
     model = fit(source)
-    atomic_write_json(Path(out), model.model_dump(mode="json"))
+    atomic_write_json(user_path(out), model.model_dump(mode="json"))
     return model
 
 

@@ -6,10 +6,6 @@ and a run directory disagree, the run directory is right: a finished run is fini
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
-import os
 import sys
 import uuid
 from collections import Counter
@@ -19,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import RunError
-from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, writing
+from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, parse_json, writing
+from fedsim.locks import acquire, release
 from fedsim.records.folder import LOCK, MANIFEST, SWEEP_BOOK, read_manifest
 from fedsim.sweeps.cells import SweepPlan
 from fedsim.sweeps.jobs import Done
@@ -103,8 +100,7 @@ class SweepBook:
     def close(self) -> None:
         """Release the folder. Closing twice does nothing."""
         if self._lock is not None:
-            fcntl.flock(self._lock, fcntl.LOCK_UN)
-            os.close(self._lock)
+            release(self._lock)
             self._lock = None
 
 
@@ -154,7 +150,7 @@ def open_book(path: Path, plan: SweepPlan) -> SweepBook:
             atomic_write_json(path / BOOK, {"sweep": plan.name, "id": book.identity, "counts": {}, "cells": cells})
         return book
     except BaseException:
-        os.close(lock)
+        release(lock)
         raise
 
 
@@ -178,7 +174,7 @@ def read_book(path: Path) -> dict[str, Any]:
     """
     file = path / BOOK
     try:
-        book = json.loads(file.read_text(encoding="utf-8"))
+        book = parse_json(file.read_text(encoding="utf-8"))
         if not all(
             isinstance(cell[key], str) for cell in book["cells"] for key in ("config_hash", "directory", "state")
         ):
@@ -234,13 +230,4 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def _acquire(path: Path) -> int:
-    with writing(path / LOCK):
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise RunError(f"another sweep is at work in '{path}': wait for its end, or give another --out") from None
-        raise RunError(f"cannot lock '{path}': {error.strerror or error}") from error
-    return descriptor
+    return acquire(path / LOCK, f"another sweep is at work in '{path}': wait for its end, or give another --out")

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
 from fedsim.errors import ConfigError, FedsimError
+from fedsim.places import user_path
 from fedsim.sweeps.jobs import Done, Job, Setup, run_cell
 
 READY = "ready"
@@ -70,7 +71,7 @@ def import_user_modules(names: Sequence[str]) -> None:
                 continue
             module = f"fedsim_user_{Path(name).stem}"
             if module not in sys.modules:
-                spec = importlib.util.spec_from_file_location(module, name)
+                spec = importlib.util.spec_from_file_location(module, user_path(name))
                 assert spec is not None  # a path that ends in .py always has a loader
                 assert spec.loader is not None
                 loaded = importlib.util.module_from_spec(spec)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
+
+from fedsim.files import parse_json
+from fedsim.places import user_path
 
 BOOK = "sweep.json"
 MANIFEST = "manifest.json"
@@ -15,9 +17,9 @@ SHOWN = 3
 def sweep_notes(paths: Iterable[str | Path]) -> list[str]:
     """One sentence for each folder that is a sweep with cells missing; nothing for any other folder."""
     notes = []
-    for path in map(Path, paths):
+    for path in map(user_path, paths):
         try:
-            cells = json.loads((path / BOOK).read_text(encoding="utf-8"))["cells"]
+            cells = parse_json((path / BOOK).read_text(encoding="utf-8"))["cells"]
             missing = [cell for cell in cells if cell["state"] != "finished" or _is_gone(path, cell)]
             said = [_cell_text(path, cell) for cell in missing[:SHOWN]]
         except FileNotFoundError:

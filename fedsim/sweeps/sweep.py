@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsim.errors import ConfigError, RunError
+from fedsim.places import user_path
 from fedsim.records.reader import Run, load
 from fedsim.runner.config import value_text
 from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, error_text, open_book, read_book
@@ -95,10 +96,10 @@ def sweep(
         raise ConfigError("--workers and --ray exclude each other: a Ray cluster's cores say how many cells run")
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers: value {workers} is not allowed (at least 1)")
-    files = tuple(str(Path(name).resolve()) if name.endswith(".py") else name for name in imports)
+    files = tuple(str(user_path(name).resolve()) if name.endswith(".py") else name for name in imports)
     import_user_modules(files)
     plan = plan_sweep(config, grid=grid, seeds=seeds, overrides=overrides, tiny=tiny)
-    path = Path(out) if out is not None else Path("runs") / plan.name
+    path = user_path(out) if out is not None else Path("runs") / plan.name
     due = anything_due(path, plan, rerun_failed)
     trains = any(cell.config.train.engine not in ("none", "surrogate") for cell in plan.cells)
     setup = Setup(trains, files, tuple(sys.path))
@@ -138,7 +139,7 @@ def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
     Raises:
         RunError: not the folder of a sweep.
     """
-    path = Path(path)
+    path = user_path(path)
     runs = []
     for cell in read_book(path)["cells"]:
         try:

