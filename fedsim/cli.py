@@ -309,6 +309,19 @@ def _lora_roles(arguments: argparse.Namespace) -> frozenset[str] | None:
     return frozenset(roles)
 
 
+def _validate(arguments: argparse.Namespace) -> None:
+    from fedsim.cost.describe import validation_text
+    from fedsim.cost.validate import validate
+
+    result = validate(arguments.profile, arguments.log)
+    print(json.dumps(result.as_dict(), indent=2) if arguments.json else validation_text(result))
+    if arguments.page is not None:
+        from fedsim.report.fidelity_page import write_fidelity_page
+
+        for path in write_fidelity_page(result, arguments.page):
+            print(f"written to {path}", file=sys.stderr)
+
+
 _ACTIONS: dict[str, Action] = {
     "run": _run,
     "sweep": _sweep,
@@ -319,6 +332,7 @@ _ACTIONS: dict[str, Action] = {
     "bench": _bench,
     "devices": _devices,
     "estimate": _estimate,
+    "validate": _validate,
 }
 
 

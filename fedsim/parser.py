@@ -28,7 +28,7 @@ def make_parser(version: str, actions: Mapping[str, Action]) -> argparse.Argumen
     )
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_run, _sweep, _compare, _report, _surrogate, _export, _bench, _devices, _estimate):
+    for add in (_run, _sweep, _compare, _report, _surrogate, _export, _bench, _devices, _estimate, _validate):
         add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(action=actions[name], parser=command)
@@ -202,6 +202,18 @@ def _estimate(commands: Commands) -> None:
     estimate.add_argument("--prune-ratio", type=float, default=0.0, metavar="P", help="pruning ratio (default: 0)")
     estimate.add_argument("--precision", choices=["fp32", "fp16"], default="fp32", help="arithmetic (default: fp32)")
     estimate.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _validate(commands: Commands) -> None:
+    validate = commands.add_parser(
+        "validate",
+        help="the cost model beside what others measured",
+        description="Predicted beside measured, for every measurement that the cost model can state.",
+    )
+    validate.add_argument("--profile", metavar="FILE.yaml", type=user_path, help="a profile of your own (default: all)")
+    validate.add_argument("--log", metavar="FILE.csv", type=user_path, help="your own measurements (default: built-in)")
+    validate.add_argument("--page", metavar="FILE.md", type=user_path, help="write a page with tables and a figure")
+    validate.add_argument("--json", action="store_true", help="machine-readable output")
 
 
 def _add_import(command: argparse.ArgumentParser) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedsim.cost.device import DeviceProfile, PowerMode, Quantity, load_profile, profile_names, rates_of
+
+if TYPE_CHECKING:
+    from fedsim.cost.validate import Checked, Summary, Validation
 
 _ESTIMATE_ROWS = (
     ("step_time_s", "time of a step", 1.0, "s"),
@@ -39,6 +42,8 @@ def profile_as_dict(profile: DeviceProfile) -> dict[str, Any]:
         "name": profile.name,
         "description": profile.description,
         "default_mode": profile.default_mode,
+        "rests_on": list(profile.rests_on),
+        "fitted_to": list(profile.fitted_to),
         **shared,
         "modes": modes,
     }
@@ -52,7 +57,11 @@ def profile_text(profile: DeviceProfile) -> str:
         rows.append([f"mode {name}{mark}"])
         rows += [_quantity_row(f"  {field}", quantity) for field, quantity in _quantities(mode)]
     header = ["number", "value", "unit", "status", "low", "high", "source"]
-    return f"{profile.name}: {profile.description}\n\n{table(header, rows)}"
+    lines = [f"{profile.name}: {profile.description}"]
+    for title, names in (("rests on", profile.rests_on), ("fitted to", profile.fitted_to)):
+        if names:
+            lines.append(f"{title}: {', '.join(names)} (device_profiles/measurements)")
+    return "\n".join([*lines, "", table(header, rows)])
 
 
 def _quantity_row(name: str, quantity: Quantity) -> list[str]:
@@ -97,6 +106,52 @@ def estimate_text(numbers: Mapping[str, float | bool]) -> str:
     rows = [[label, f"{float(numbers[key]) * scale:.4g}", unit] for key, label, scale, unit in _ESTIMATE_ROWS]
     rows.append(["fits in memory", "yes" if numbers["fits_memory"] else "no", ""])
     return table(["quantity", "value", "unit"], rows)
+
+
+_WHERE_IN_UNITS = {"step_time": (1.0, "s"), "peak_memory": (1e-9, "GB"), "upload": (1e-6, "MB")}
+_RATES = {"product_rate": (1e-9, "GFLOP/s"), "stream_rate": (1e-9, "GB/s")}
+
+
+def validation_text(validation: Validation) -> str:
+    """Summaries, the worst rows, and what no row says anything of."""
+    header = ["rows", "n", "MAPE", "bias", "worst", "Spearman", "Kendall", "in band", "half-width"]
+    lines = [table(header, [summary_cells(one) for one in validation.summaries]), ""]
+    lines.append("Furthest off:" if validation.worst else "No row counts.")
+    lines.append(table(CHECKED_HEADER, [checked_cells(one) for one in validation.worst]))
+    shown = sum(not one.row.counted for one in validation.checked)
+    if shown:
+        lines += ["", f"{shown} rows are shown by --json and --page and not counted, each for the reason it gives."]
+    if validation.silent:
+        lines += ["", f"No measurement describes: {', '.join(validation.silent)}."]
+    return "\n".join(lines)
+
+
+def summary_cells(one: Summary) -> list[str]:
+    """A summary as cells of the table of `validation_text`."""
+    ranks = ["-" if value is None else f"{value:.3f}" for value in (one.spearman, one.kendall)]
+    shares = [f"{100 * value:.1f}%" for value in (one.mape, one.bias, one.worst)]
+    return [one.group, str(one.rows), *shares, *ranks, f"{100 * one.coverage:.0f}%", f"{100 * one.half_width:.0f}%"]
+
+
+CHECKED_HEADER = ["row", "device", "what", "measured", "predicted", "band", "error", "in band"]
+
+
+def checked_cells(one: Checked) -> list[str]:
+    """A checked row as cells under `CHECKED_HEADER`."""
+    scale, unit = (_WHERE_IN_UNITS | _RATES).get(one.row.quantity, (1.0, "W"))
+    if one.row.relative_to:
+        scale, unit = 1.0, "x"
+    numbers = [f"{scale * value:.4g}" for value in (one.row.value, one.predicted, one.low, one.high)]
+    return [
+        one.row.id,
+        one.row.device + (f" {one.row.mode}" if one.row.mode else ""),
+        one.row.label(),
+        f"{numbers[0]} {unit}",
+        f"{numbers[1]} {unit}",
+        f"{numbers[2]} to {numbers[3]}",
+        f"{100 * one.error:+.1f}%",
+        "yes" if one.covered else "no",
+    ]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

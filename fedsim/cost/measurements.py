@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsim.cost.setting import StepSetting
+from fedsim.cost.setting import Precision, StepSetting
 from fedsim.cost.shapes import load_shape
 from fedsim.errors import DataError, FedsimError, nearest
 from fedsim.resources import resource_folder
@@ -33,10 +33,14 @@ QUANTITIES = {
     "busy_power": {"W": 1.0},
     "idle_power": {"W": 1.0},
     "upload": {"MB": 1e6, "B": 1.0},
+    "product_rate": {"GFLOP/s": 1e9},
+    "stream_rate": {"GB/s": 1e9},
 }
 """Quantity -> unit -> factor to SI. A ratio has unit ``1``."""
 OF_A_STEP = ("step_time", "peak_memory", "upload")
 FLAGS = {"cached": "cached_activations", "checkpointing": "checkpointing", "dropout": "dropout"}
+BARE = "bare"
+"""Flag of a memory without framework and context."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Measurement:
         where: file and line, for messages.
         value: in SI units, > 0 (a ratio where `relative_to` is set).
         shape, setting, rank, prune_ratio: of the step; None (and 0) for power at rest.
+        precision: of the step, or of a product's rate.
+        bare: of a memory without framework and context.
         counted: False for a row that is shown only.
     """
 
@@ -62,6 +68,8 @@ class Measurement:
     rank: int
     prune_ratio: float
     relative_to: str | None
+    precision: Precision
+    bare: bool
     counted: bool
     source: str
     conditions: str
@@ -70,7 +78,8 @@ class Measurement:
     def label(self) -> str:
         """Such as "bert-base full top 4, 4 x 256"."""
         if self.setting is None:
-            return self.model or self.quantity
+            plain = self.quantity.replace("_", " ")
+            return f"{plain}, {self.precision}" if self.quantity == "product_rate" else plain
         one = self.setting
         top = f" top {one.train_top_layers}" if one.train_top_layers is not None else ""
         more = [name for name, field in FLAGS.items() if getattr(one, field) and name != "dropout"]
@@ -186,6 +195,8 @@ def _measurement(where: str, row: Mapping[str, str], device: str | None, strict:
         rank=number("rank", 8) or 8,
         prune_ratio=ratio,
         relative_to=text("relative_to") or None,
+        precision=_precision(where, text("precision", "fp32")),
+        bare=BARE in text("flags").split("+"),
         counted=text("weight") != "context",
         source=text("source"),
         conditions=text("conditions"),
@@ -194,7 +205,7 @@ def _measurement(where: str, row: Mapping[str, str], device: str | None, strict:
 
 
 def _setting(where: str, text: Any, number: Any) -> dict[str, Any]:
-    flags = [flag for flag in text("flags").split("+") if flag]
+    flags = [flag for flag in text("flags").split("+") if flag and flag != BARE]
     for flag in flags:
         if flag not in FLAGS:
             raise DataError(f"{where}: flag '{flag}' is not known{nearest(flag, FLAGS)} ({_allowed(FLAGS)})")
@@ -211,6 +222,12 @@ def _setting(where: str, text: Any, number: Any) -> dict[str, Any]:
         "optimizer": text("optimizer", "fused"),
         **{FLAGS[flag]: True for flag in flags},
     }
+
+
+def _precision(where: str, name: str) -> Precision:
+    if name == "fp32" or name == "fp16":
+        return name
+    raise DataError(f"{where}: precision is '{name}' (allowed: fp32, fp16)")
 
 
 def _allowed(options: Iterable[str]) -> str:

@@ -24,6 +24,15 @@ MEMORY_GROWTH = 2.11
 SAVED_HIDDEN = 5
 """Hidden-wide tensors kept for backward per layer: layer input, two norm inputs, middle norm's output, FFN output."""
 
+FITTED_MEMORY = (
+    "tx2-memory-bert-full-00",
+    "tx2-memory-bert-full-02",
+    "tx2-memory-bert-full-04",
+    "tx2-memory-bert-full-06",
+    "tx2-memory-bert-full-08",
+    "tx2-memory-bert-full-10",
+)
+"""The published peaks that they are fitted to, by id."""
 DROPPED_HIDDEN = 2
 """Hidden-wide outputs of dropout per layer; with a byte of mask a value, and scores likewise."""
 

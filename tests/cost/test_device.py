@@ -42,9 +42,10 @@ def content():
     return yaml.safe_load((resource_folder("device_profiles") / "jetson-tx2.yaml").read_text())
 
 
-def test_all_seven_boards_load():
+def test_every_device_loads():
     expected = "agx-orin agx-xavier nano orin-nano orin-nx tx2 xavier-nx"
-    assert profile_names() == tuple(f"jetson-{name}" for name in expected.split())
+    others = ("desktop-rtx-3090", "phone-snapdragon-778g", "raspberry-pi-4")
+    assert set(profile_names()) == {*(f"jetson-{name}" for name in expected.split()), *others}
     assert all(load_profile(name).name == name for name in profile_names())
 
 
@@ -228,7 +229,9 @@ def test_descriptions_show_every_number():
     as_dict = profile_as_dict(profile)
     assert set(as_dict["efficiency_fp32"]) == {"value", "unit", "status", "source", "low", "high"}
     assert as_dict["modes"]["Max-N"]["gpu_clock"]["unit"] == "MHz"
-    assert len(devices_json()) == 7
+    assert len(devices_json()) == len(profile_names()) == 10
+    assert devices_json("raspberry-pi-4")["fitted_to"] == ["rpi4-bert-full"]
+    assert "fitted to: rpi4-bert-full" in profile_text(load_profile("raspberry-pi-4"))
     assert devices_json("jetson-tx2") == as_dict
     assert devices_text("jetson-tx2") == text
     assert all(name in devices_text() for name in profile_names())
