@@ -69,7 +69,7 @@ class DataSettings(Section):
     path: str | None = None
     test_path: str | None = None
     header: bool = True
-    quoting: Literal["minimal", "none"] = "minimal"
+    quoting: Literal["auto", "minimal", "none"] = "auto"
     text: str | int = "text"
     pair: str | int | None = None
     label: str | int = "label"

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data import hub
 from fedsim.data.labelled import Corpus, LabelledText
+from fedsim.data.labels import check_classes, label_text, without_gold
 from fedsim.data.synthetic import completions_corpus, synthetic_corpus
 from fedsim.data.tables import Column, Source, read_columns
 from fedsim.errors import DataError
 from fedsim.places import user_path
 from fedsim.rng import Stream, generator
 from fedsim.settings import DataSettings
+from fedsim.yaml_text import shown
 
 __all__ = ["Corpus", "LabelledText", "load_corpus"]
 
 Fault = Callable[[str, int], DataError]
+Rows = list[tuple[int, list[object]]]
+_HALF = re.compile("[\ud800-\udfff]")
+_KNOWN_SHARE = 0.5
+"""From this share of known test rows on, a word is said. [ours]"""
 ONE_CATEGORY = "all"
 """Category of every prompt where ``data.field`` names no column of categories."""
 COMPLETIONS = "completions"
@@ -36,6 +43,7 @@ class _Rows:
         lines: where each row stands in it.
         labels: class names; responses where ``data.task`` is ``causal_lm``.
         fault: the error of a line.
+        notes: what must be said of the file.
     """
 
     lines: list[int]
@@ -44,6 +52,7 @@ class _Rows:
     labels: list[str]
     fields: list[str] | None
     fault: Fault
+    notes: list[str]
 
 
 def _columns(settings: DataSettings, text: Column) -> dict[str, Column]:
@@ -53,25 +62,37 @@ def _columns(settings: DataSettings, text: Column) -> dict[str, Column]:
 
 def _string(value: object, key: str, line: int, fault: Fault) -> str:
     if not isinstance(value, str) or not value.strip():
-        shown = "empty" if isinstance(value, str) else repr(value)
-        raise fault(f"data.{key} is {shown}, where text is needed", line)
+        given = "empty" if isinstance(value, str) else shown(repr(value))
+        raise fault(f"data.{key} is {given}, where text is needed", line)
     return value.strip()
 
 
-def _name(value: object, key: str, line: int, fault: Fault) -> str:
-    """A label or field value: a string that is not empty, or an integer."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str) or not value.strip():
-        shown = "empty" if isinstance(value, str) else repr(value)
-        raise fault(f"data.{key} is {shown}, where a string or an integer is needed", line)
-    return value.strip()
+def _name(value: object, key: str, line: int, fault: Fault) -> str | None:
+    """A label or field value: a string, a number or a truth value; None where there is none."""
+    try:
+        return label_text(value)
+    except TypeError:
+        given = shown(repr(value))
+        raise fault(f"data.{key} is {given}, where a string, a number or true or false is needed", line) from None
+
+
+def _field(value: object, line: int, fault: Fault) -> str:
+    name = _name(value, "field", line, fault)
+    if name is None:
+        raise fault("data.field is empty, where a string or a number is needed", line)
+    return name
 
 
 def _collect(
-    rows: Iterator[tuple[int, list[object]]], keys: Mapping[str, Column], settings: DataSettings, fault: Fault
+    read: Iterator[tuple[int, list[object]]],
+    keys: Mapping[str, Column],
+    settings: DataSettings,
+    fault: Fault,
+    notes: list[str],
+    where: str,
 ) -> _Rows:
-    found = _Rows([], [], [] if "pair" in keys else None, [], [] if "field" in keys else None, fault)
+    found = _Rows([], [], [] if "pair" in keys else None, [], [] if "field" in keys else None, fault, notes)
+    rows = _with_gold(_whole_characters(read, notes, where), keys, settings, fault, notes, where)
     order = list(keys)
     for line, values in rows:
         row = dict(zip(order, values, strict=True))
@@ -80,12 +101,53 @@ def _collect(
         if settings.task == "causal_lm":
             found.labels.append(_string(row["label"], "label", line, fault))
         else:
-            found.labels.append(_name(row["label"], "label", line, fault))
+            found.labels.append(str(row["label"]))
         if found.pairs is not None:
             found.pairs.append(_pair(row["pair"], settings, line, fault))
         if found.fields is not None:
-            found.fields.append(_name(row["field"], "field", line, fault))
+            found.fields.append(_field(row["field"], line, fault))
     return found
+
+
+def _whole_characters(rows: Iterator[tuple[int, list[object]]], notes: list[str], where: str) -> Rows:
+    """The rows with half characters (of an emoji that was cut in two) replaced, as no tokenizer takes them."""
+    kept: Rows = []
+    damaged = []
+    for line, values in rows:
+        if any(isinstance(value, str) and _HALF.search(value) for value in values):
+            damaged.append(line)
+            values = [_HALF.sub("\ufffd", value) if isinstance(value, str) else value for value in values]
+        kept.append((line, values))
+    if damaged:
+        notes.append(f"{where}: half characters in {len(damaged)} rows (first: {damaged[0]}) are replaced by U+FFFD")
+    return kept
+
+
+def _with_gold(
+    rows: Rows, keys: Mapping[str, Column], settings: DataSettings, fault: Fault, notes: list[str], where: str
+) -> Rows:
+    """The rows that have a gold label, labels as names of classes; the others are left out, and counted."""
+    if settings.task == "causal_lm" or not rows:
+        return rows
+    at = list(keys).index("label")
+    names = [_name(values[at], "label", line, fault) for line, values in rows]
+    missing = without_gold(names)
+    gold = [name is not None and name not in missing for name in names]
+    lost = len(rows) - sum(gold)
+    if lost == len(rows):
+        raise fault(f"data.label: none of the {lost} rows has a gold label", rows[0][0])
+    if lost:
+        place = gold.index(False)
+        what = f"'{str(rows[place][1][at]).strip()}'" if rows[place][1][at] is not None else "null"
+        notes.append(
+            f"{where}: {lost} of {len(rows)} rows have no gold label (first: {what} in line {rows[place][0]}) and are "
+            "left out"
+        )
+    return [
+        (line, [*values[:at], name, *values[at + 1 :]])
+        for (line, values), name, is_gold in zip(rows, names, gold, strict=True)
+        if is_gold
+    ]
 
 
 def _pair(value: object, settings: DataSettings, line: int, fault: Fault) -> str:
@@ -95,11 +157,9 @@ def _pair(value: object, settings: DataSettings, line: int, fault: Fault) -> str
     return _string(value, "pair", line, fault)
 
 
-def _label_names(labels: list[str], where: str) -> tuple[str, ...]:
+def _label_names(labels: list[str]) -> tuple[str, ...]:
     """Distinct labels: integers in their order as numbers, else in the order of the alphabet."""
     distinct = set(labels)
-    if len(distinct) < 2:
-        raise DataError(f"{where}: data.label has {len(distinct)} distinct values, but at least 2 are needed")
     try:
         return tuple(sorted(distinct, key=lambda label: (int(label), label)))
     except ValueError:
@@ -110,8 +170,10 @@ def _labelled(rows: _Rows, label_names: tuple[str, ...]) -> LabelledText:
     index = {name: position for position, name in enumerate(label_names)}
     for line, label in zip(rows.lines, rows.labels, strict=True):
         if label not in index:
-            shown = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
-            raise rows.fault(f"data.label '{label}' never occurs in the training data (labels there: {shown})", line)
+            there = ", ".join(label_names[:10]) + (", ..." if len(label_names) > 10 else "")
+            raise rows.fault(
+                f"data.label '{shown(label)}' never occurs in the training data (labels there: {there})", line
+            )
     return _text(rows, [index[label] for label in rows.labels], None)
 
 
@@ -153,29 +215,83 @@ def _hold_out(labels: NDArray[np.int64], seed: int, where: str) -> tuple[NDArray
 def _capped(train: LabelledText, settings: DataSettings, seed: int) -> LabelledText:
     if settings.max_samples is None or settings.max_samples >= len(train):
         return train
-    chosen = generator(seed, Stream.CORPUS).permutation(len(train))[: settings.max_samples]
+    order = generator(seed, Stream.CORPUS).permutation(len(train))
+    chosen = order[: settings.max_samples]
+    if settings.task != "causal_lm":
+        chosen = _with_every_class(order, chosen, train.labels)
     return train.take(np.sort(chosen))
+
+
+def _with_every_class(
+    order: NDArray[np.int64], chosen: NDArray[np.int64], labels: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """`chosen` with the first row of each class that it lacks, in the place of the last of a class that has several.
+
+    Raises:
+        DataError: fewer rows than classes.
+    """
+    classes = np.unique(labels)
+    lacking = np.setdiff1d(classes, labels[chosen])
+    if not len(lacking):
+        return chosen
+    if len(chosen) < len(classes):
+        raise DataError(
+            f"data.max_samples: value {len(chosen)} is not allowed (the training data has {len(classes)} classes, and "
+            "each needs at least one row: it would be tested and never trained)"
+        )
+    chosen = chosen.copy()
+    counts = np.bincount(labels[chosen], minlength=int(classes.max()) + 1)
+    place = len(chosen)
+    for label in lacking:
+        place -= 1
+        while counts[labels[chosen[place]]] < 2:
+            place -= 1
+        counts[labels[chosen[place]]] -= 1
+        chosen[place] = order[labels[order] == label][0]
+    return chosen
 
 
 def _assemble(rows: _Rows, test_rows: _Rows | None, settings: DataSettings, where: str, seed: int) -> Corpus:
     made: Callable[[_Rows, tuple[str, ...]], LabelledText]
+    notes = [*rows.notes, *(test_rows.notes if test_rows else ())]
     if settings.task == "causal_lm":
         names = tuple(sorted({*_categories(rows), *(_categories(test_rows) if test_rows else ())}))
         made = _answered
     else:
-        names = _label_names(rows.labels, where)
+        notes += check_classes(rows.labels, where)
+        names = _label_names(rows.labels)
         made = _labelled
     train = made(rows, names)
     if test_rows is not None:
-        return Corpus(train, made(test_rows, names), names)
+        test = made(test_rows, names)
+        return Corpus(train, test, names, (*notes, *_test_notes(train, test, names, settings)))
     kept, held = _hold_out(train.labels, seed, where)
-    return Corpus(train.take(kept), train.take(held), names)
+    return Corpus(train.take(kept), train.take(held), names, tuple(notes))
+
+
+def _test_notes(train: LabelledText, test: LabelledText, names: tuple[str, ...], settings: DataSettings) -> list[str]:
+    """What makes accuracies on this test data worth little."""
+    notes = []
+    trained = set(zip(train.texts, train.pairs or train.texts, strict=True))
+    known = sum(row in trained for row in zip(test.texts, test.pairs or test.texts, strict=True))
+    if known >= _KNOWN_SHARE * len(test):
+        notes.append(
+            f"{known} of {len(test)} test rows are also training rows: accuracies tell how well they were learned by "
+            "heart (give another data.test_path, or none to hold a fifth out)"
+        )
+    seen = np.unique(test.labels)
+    if settings.task != "causal_lm" and len(seen) == 1:
+        notes.append(
+            f"all {len(test)} test rows have the one label '{names[seen[0]]}' of {len(names)}: a constant answer would "
+            "be right"
+        )
+    return notes
 
 
 def _from_file(field: str, path: str, text: Column, settings: DataSettings) -> _Rows:
     source = Source(field, user_path(path), settings.header, settings.quoting)
     keys = _columns(settings, text)
-    rows = _collect(read_columns(source, keys), keys, settings, source.fault)
+    rows = _collect(read_columns(source, keys), keys, settings, source.fault, source.notes, f"{field} '{path}'")
     if not rows.texts:
         raise source.fault("no rows below the header; at least one is needed")
     return rows
@@ -196,7 +312,7 @@ def _hub_corpus(settings: DataSettings, name: str, seed: int) -> Corpus:
             return DataError(f"data.name '{name}', row {line}: {what}")
 
         keys = _columns(settings, text)
-        return _collect(hub.rows_of(name, split, keys), keys, settings, fault)
+        return _collect(hub.rows_of(name, split, keys), keys, settings, fault, [], f"data.name '{name}'")
 
     rows, test_rows = read(splits["train"], settings.text), None
     split = hub.test_split(splits, settings.label)
@@ -228,10 +344,10 @@ def _check_responses(settings: DataSettings) -> None:
 def load_corpus(settings: DataSettings, seed: int) -> Corpus:
     """The corpus that `settings` describes; a function of the arguments and of the files' content.
 
-    ``data.path`` reads TSV, CSV or JSONL, plain or gzipped; ``data.name`` is ``synthetic`` (the default where neither
-    is given), ``completions`` (its sentences for a language model to complete) or a hub name. Without a test file (or a
-    public test split) a seeded fifth of each label's rows is held out. ``max_samples`` keeps that many training rows,
-    chosen by the seed, in their order in the file.
+    ``data.path`` reads TSV, CSV, TXT, JSONL or JSON, plain or gzipped, or Parquet; ``data.name`` is ``synthetic`` (the
+    default where neither is given), ``completions`` (its sentences for a language model to complete) or a hub name.
+    Without a test file (or a public test split) a seeded fifth of each label's rows is held out. ``max_samples`` keeps
+    that many training rows, chosen by the seed, in their order in the file, and at least one of each class.
 
     With ``data.task: causal_lm`` the column ``text`` holds prompts, ``pair`` (if given) further prompt text that may be
     empty, and ``label`` the responses; ``field`` gives the categories that stand in for labels when data is held out or
@@ -256,4 +372,4 @@ def load_corpus(settings: DataSettings, seed: int) -> Corpus:
         return synthetic_corpus(settings, seed)
     else:
         corpus = _hub_corpus(settings, str(settings.name), seed)
-    return Corpus(_capped(corpus.train, settings, seed), corpus.test, corpus.label_names)
+    return replace(corpus, train=_capped(corpus.train, settings, seed))

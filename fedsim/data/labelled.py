@@ -46,8 +46,12 @@ class LabelledText:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Training and test text with the names of the labels (or categories), in the order of their indices."""
+    """Training and test text with the names of the labels (or categories), in the order of their indices.
+
+    `notes` are what must be said of the data, one sentence each.
+    """
 
     train: LabelledText
     test: LabelledText
     label_names: tuple[str, ...]
+    notes: tuple[str, ...] = ()

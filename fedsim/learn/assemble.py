@@ -92,4 +92,4 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         encode_text(part, backbone.tokenizer, config.train.max_length) for part in (corpus.train, corpus.test)
     )
     engine = make_engine(config, backbone, adapter, ClientData(text, parts), test, rule, precision)
-    return LoraLearner(LearnerParts(config, backbone, engine, criterion), adapter)
+    return LoraLearner(LearnerParts(config, backbone, engine, criterion, texts_cut=(text.cut, test.cut)), adapter)

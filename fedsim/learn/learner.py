@@ -43,6 +43,7 @@ class LearnerParts:
 
     Attributes:
         server: what is made of the mean difference of a merge; None: updates are merged as the rule says.
+        texts_cut: training and test samples that are longer than ``train.max_length``.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class LearnerParts:
     engine: Engine
     criterion: Criterion
     server: ServerOptimizer | None = None
+    texts_cut: tuple[int, int] = (0, 0)
 
 
 class LoraLearner:
@@ -65,6 +67,11 @@ class LoraLearner:
     def weights_sha256(self) -> str:
         """Hash of the backbone's weights."""
         return self._parts.backbone.weights_sha256
+
+    @property
+    def texts_cut(self) -> tuple[int, int]:
+        """Training and test samples that were cut at ``train.max_length``."""
+        return self._parts.texts_cut
 
     @property
     def facts(self) -> dict[str, object]:

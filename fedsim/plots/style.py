@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -117,6 +118,8 @@ def _matplotlib() -> Any:
         backend = os.environ.pop("MPLBACKEND", None)
         if backend is None:
             raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # what the first try left half loaded
         try:
             return importlib.import_module("matplotlib")
         finally:

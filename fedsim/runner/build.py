@@ -83,6 +83,8 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     if config.train.engine not in ("none", "surrogate"):
         say("reading data")
         corpus = _with_test_sample(load_corpus(config.data, config.seed), config)
+        for note in corpus.notes:
+            say(f"warning: {note}")
     labels = _outputs(config, corpus)
     shape = load_shape(config.model.name, labels)
     clock_shape = load_shape(config.cost.model, labels) if config.cost.model else shape
@@ -105,6 +107,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         labels_of_learning = ["timing only: nothing was trained"]
     else:
         learner, more = _build_learner(config, method, corpus, fleet.clients, say)
+        cut = more.pop("cut")
         facts |= more
         facts["data"] = {
             "name": config.data.path or config.data.name or "synthetic",
@@ -112,6 +115,8 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
             "train": len(corpus.train.labels),
             "test": len(corpus.test.labels),
             "label_names": list(corpus.label_names),
+            "cut": cut,
+            "notes": list(corpus.notes),
         }
     policy = TimedPolicy(
         make_policy(
@@ -268,7 +273,14 @@ def _build_learner(
 
     learner = build_learner(config, method.prunes, corpus, parts)
     model = {"name": config.model.name, "sha256": learner.weights_sha256}
-    return learner, {"model": model, **learner.facts}
+    sizes = (len(corpus.train), len(corpus.test))
+    for what, cut, rows in zip(("training", "test"), learner.texts_cut, sizes, strict=True):
+        if cut:
+            say(
+                f"warning: {cut} of {rows} {what} texts ({cut / rows:.1%}) are longer than train.max_length = "
+                f"{config.train.max_length} tokens and are cut there"
+            )
+    return learner, {"model": model, "cut": list(learner.texts_cut), **learner.facts}
 
 
 def _build_surrogate(

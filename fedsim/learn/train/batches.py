@@ -56,6 +56,7 @@ class EncodedText:
         token_type_ids: shape (N, longest), int32, or None where the tokenizer makes none.
         response_start: first token of each sample's response, shape (N,), >= 1 and below its length; None where
             samples are classified. What is learned then is every token from there on, `labels` are only categories.
+        cut: samples that lost tokens, as they are longer than the longest length allowed.
     """
 
     input_ids: NDArray[np.int32]
@@ -63,6 +64,7 @@ class EncodedText:
     labels: IntArray
     token_type_ids: NDArray[np.int32] | None
     response_start: IntArray | None = None
+    cut: int = 0
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -111,11 +113,16 @@ def encode(texts: LabelledTextLike, tokenizer: PreTrainedTokenizerBase, max_leng
         raise DataError(f"data: the text of sample {int(lengths.argmin())} has no tokens; at least 1 is needed")
     pad = padding_token(tokenizer)
     types = rows.get("token_type_ids")
+    # Only a sample that fills the length can have lost something: the others need no second look.
+    full = np.flatnonzero(lengths >= max_length).tolist()
+    second = None if pairs is None else [pairs[row] for row in full]
+    whole = tokenizer([texts.texts[row] for row in full], second, verbose=False)["input_ids"] if len(full) else []
     return EncodedText(
         input_ids=padded(ids, lengths, pad),
         lengths=lengths,
         labels=labels,
         token_type_ids=None if types is None else padded(types, lengths, 0),
+        cut=sum(len(row) > max_length for row in whole),
     )
 
 

@@ -67,13 +67,15 @@ def encode_prompts(texts: AnsweredTextLike, tokenizer: PreTrainedTokenizerBase, 
     prompts = [
         f"{text}\n{context}\n" if context else f"{text}\n" for text, context in zip(texts.texts, contexts, strict=True)
     ]
-    first = _tokens(tokenizer, prompts, max_length, [tokenizer.bos_token_id], [])
-    second = _tokens(tokenizer, list(texts.responses), max_length, [], [tokenizer.eos_token_id])
-    rows, starts = [], []
+    # One token more than fits, so that what is cut shows.
+    first = _tokens(tokenizer, prompts, max_length + 1, [tokenizer.bos_token_id], [])
+    second = _tokens(tokenizer, list(texts.responses), max_length + 1, [], [tokenizer.eos_token_id])
+    rows, starts, cut = [], [], 0
     for sample, (prompt, response) in enumerate(zip(first, second, strict=True)):
         if not prompt or not response:
             what = "text" if not prompt else "label"
             raise DataError(f"data.{what} of sample {sample} has no tokens; at least 1 is needed")
+        cut += len(prompt) + len(response) > max_length
         response = response[: max(max_length - len(prompt), max_length - max_length // 2)]
         prompt = prompt[: max_length - len(response)]
         rows.append([*prompt, *response])
@@ -85,6 +87,7 @@ def encode_prompts(texts: AnsweredTextLike, tokenizer: PreTrainedTokenizerBase, 
         labels=np.asarray(texts.labels, dtype=np.int64),
         token_type_ids=None,
         response_start=np.array(starts, dtype=np.int64),
+        cut=cut,
     )
 
 
