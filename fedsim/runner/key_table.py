@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 from fedsim.settings import Config
 
 _SIGNS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+_BEYOND = 1e6
+"""Upper bounds from here on only keep nonsense out; the table is shorter without them."""
 
 
 def settings_markdown() -> str:
@@ -47,6 +49,9 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
         return f"list of {_allowed(item, [])}" if get_origin(item) is Literal else "list of names"
     name = {int: "integer", float: "number", str: "text", bool: "true, false", type(None): "null"}[annotation]
     bounds = [
-        f"{words} {getattr(item, sign):g}" for item in metadata for sign, words in _SIGNS.items() if hasattr(item, sign)
+        f"{words} {getattr(item, sign):g}"
+        for item in metadata
+        for sign, words in _SIGNS.items()
+        if hasattr(item, sign) and not (sign == "le" and getattr(item, sign) >= _BEYOND)
     ]
     return " ".join([name, ", ".join(bounds)]).strip()
