@@ -322,6 +322,20 @@ def _validate(arguments: argparse.Namespace) -> None:
             print(f"written to {path}", file=sys.stderr)
 
 
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from fedsim.bench.calibrate_host import calibrate_host, calibrate_log
+
+    if arguments.log is not None:
+        print(calibrate_log(arguments.log, arguments.out).as_text())
+        return
+
+    def say(text: str) -> None:
+        print(f"fedsim: {text}", file=sys.stderr, flush=True)
+
+    result = calibrate_host(arguments.out, arguments.torch_device, arguments.threads, arguments.check, say)
+    print(result.as_text())
+
+
 _ACTIONS: dict[str, Action] = {
     "run": _run,
     "sweep": _sweep,
@@ -333,6 +347,7 @@ _ACTIONS: dict[str, Action] = {
     "devices": _devices,
     "estimate": _estimate,
     "validate": _validate,
+    "calibrate": _calibrate,
 }
 
 

@@ -28,7 +28,19 @@ def make_parser(version: str, actions: Mapping[str, Action]) -> argparse.Argumen
     )
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (_run, _sweep, _compare, _report, _surrogate, _export, _bench, _devices, _estimate, _validate):
+    for add in (
+        _run,
+        _sweep,
+        _compare,
+        _report,
+        _surrogate,
+        _export,
+        _bench,
+        _devices,
+        _estimate,
+        _validate,
+        _calibrate,
+    ):
         add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(action=actions[name], parser=command)
@@ -216,6 +228,19 @@ def _validate(commands: Commands) -> None:
     validate.add_argument("--json", action="store_true", help="machine-readable output")
 
 
+def _calibrate(commands: Commands) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="this host, or a log of measured steps, as a device profile",
+        description="Time some training steps on this host (or take those of a log) and fit a profile to them.",
+    )
+    calibrate.add_argument("--out", metavar="FILE.yaml", type=user_path, required=True, help="profile to write")
+    calibrate.add_argument("--log", metavar="FILE.csv", type=user_path, help="measured steps (default: time this host)")
+    calibrate.add_argument("--torch-device", choices=["cpu", "cuda"], default="cpu", help="what to time (default: cpu)")
+    calibrate.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
+    calibrate.add_argument("--check", action="store_true", help="then time 12 more steps that the fit has not seen")
+
+
 def _add_import(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--import",
@@ -233,3 +258,18 @@ def _add_comparison(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target-accuracy", metavar="X", type=float, help="default: what every run reaches")
     command.add_argument("--baseline", metavar="METHOD", help=BASELINE_HELP)
     command.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=WHERE_HELP)
+
+
+_COMMANDS = (
+    _run,
+    _sweep,
+    _compare,
+    _report,
+    _surrogate,
+    _export,
+    _bench,
+    _devices,
+    _estimate,
+    _validate,
+    _calibrate,
+)

@@ -100,6 +100,8 @@ def joint_samples(profile: DeviceProfile) -> JointSamples:
         for field in mode_fields():
             path = f"{MODE}{name}.{field}"
             numbers[path] = _draws(profile.name, path, getattr(mode, field))
+    if profile.covariance is not None:
+        numbers |= _correlated(profile)
     samples = JointSamples(profile, numbers, None)
     if profile.fitted_to:
         samples = _fitted(samples, fitted_rows(profile))
@@ -107,6 +109,18 @@ def joint_samples(profile: DeviceProfile) -> JointSamples:
         _KNOWN.clear()
     _KNOWN[key] = profile, samples
     return samples
+
+
+def _correlated(profile: DeviceProfile) -> dict[str, FloatArray]:
+    """The three rates of a device that was itself measured, drawn with the covariance of their fit."""
+    rng = np.random.default_rng(zlib.crc32(f"{profile.name}/covariance".encode()))
+    steps = rng.multivariate_normal(np.zeros(3), np.array(profile.covariance), SAMPLES, method="eigh")
+    factors = np.exp(steps - np.median(steps, axis=0))
+    return {
+        "efficiency_fp32": np.minimum(1.0, profile.efficiency_fp32.si * factors[:, 0]),
+        "bandwidth_efficiency": np.minimum(1.0, profile.bandwidth_efficiency.si * factors[:, 1]),
+        "launch_cost": profile.launch_cost.si / factors[:, 2],
+    }
 
 
 def fitted_rows(profile: DeviceProfile) -> list[Measurement]:

@@ -86,6 +86,7 @@ class DeviceProfile:
             stands for any).
         fitted_to: rows that `efficiency_fp32` is fitted to: its band is then what still reproduces them, whatever
             bandwidth share and launch cost (`fedsim.cost.bands`).
+        covariance: of the logarithms of the three rates, where they were fitted to steps of the device itself.
     """
 
     name: str
@@ -106,6 +107,7 @@ class DeviceProfile:
     modes: Mapping[str, PowerMode]
     rests_on: tuple[str, ...] = ()
     fitted_to: tuple[str, ...] = ()
+    covariance: tuple[tuple[float, ...], ...] | None = None
 
     def mode(self, name: str | None) -> PowerMode:
         """A power mode by name; None: the default. Raises ProfileError for an unknown one."""
@@ -193,7 +195,7 @@ def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfi
         check_name("device", name)
     except RunError as error:
         raise ProfileError(str(error)) from None
-    known = {"name", "description", "default_mode", "modes", *_ROW_FIELDS, *_PROFILE_KINDS}
+    known = {"name", "description", "default_mode", "modes", "calibration", *_ROW_FIELDS, *_PROFILE_KINDS}
     _refuse_unknown(name, "", content, known)
     shared = {field: _quantity(name, field, content.get(field), kind) for field, kind in _PROFILE_KINDS.items()}
     modes = content.get("modes")
@@ -216,6 +218,7 @@ def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfi
         modes=parsed,
         rests_on=_row_names(name, "rests_on", content),
         fitted_to=_row_names(name, "fitted_to", content),
+        covariance=_covariance(name, content.get("calibration")),
         **shared,
     )
     profile.mode(None)
@@ -224,6 +227,23 @@ def parse_profile(content: Mapping[str, Any], fallback_name: str) -> DeviceProfi
     if profile.memory_reserve.si >= profile.memory_capacity.si:
         raise ProfileError(f"profile {name}: memory_reserve must be below memory_capacity")
     return profile
+
+
+def _covariance(profile: str, calibration: object) -> tuple[tuple[float, ...], ...] | None:
+    if calibration is None:
+        return None
+    found = calibration.get("covariance_of_log_rates") if isinstance(calibration, Mapping) else None
+    try:
+        matrix = np.array(found, dtype=np.float64)
+    except (TypeError, ValueError):
+        matrix = np.zeros(0)
+    good = matrix.shape == (3, 3) and np.isfinite(matrix).all() and np.allclose(matrix, matrix.T)
+    if not good or np.linalg.eigvalsh(matrix).min() < -1e-12:
+        raise ProfileError(
+            f"profile {profile}: calibration.covariance_of_log_rates is {found!r}; it must be a covariance of the "
+            "logarithms of 3 rates"
+        )
+    return tuple(tuple(float(value) for value in row) for row in matrix)
 
 
 def _row_names(profile: str, field: str, content: Mapping[str, Any]) -> tuple[str, ...]:
