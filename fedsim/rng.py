@@ -74,14 +74,17 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def uniforms(seed: int, stream: Stream, clients: ArrayLike, *keys: int) -> NDArray[np.float64]:
+def uniforms(seed: int, stream: Stream, clients: ArrayLike, *keys: ArrayLike) -> NDArray[np.float64]:
     """One number in the open interval (0, 1) per client, shape of `clients`: a function of (seed, stream, keys, client)
     and of nothing else.
+
+    Args:
+        keys: integers >= 0, or arrays of them, one per client.
     """
     with np.errstate(over="ignore"):
         state = _mix(np.array([seed], dtype=np.uint64) + _GOLDEN)
         for key in (int(stream), *keys):
-            state = _mix((state ^ np.uint64(key)) + _GOLDEN)
+            state = _mix((state ^ np.asarray(key).astype(np.uint64)) + _GOLDEN)
         ids = np.asarray(clients).astype(np.uint64)
         bits = _mix((_mix(ids + _GOLDEN) ^ state) + _GOLDEN)
     bits = bits.reshape(ids.shape)
@@ -89,18 +92,19 @@ def uniforms(seed: int, stream: Stream, clients: ArrayLike, *keys: int) -> NDArr
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def normals(seed: int, stream: Stream, clients: ArrayLike, *keys: int) -> NDArray[np.float64]:
+def normals(seed: int, stream: Stream, clients: ArrayLike, *keys: ArrayLike) -> NDArray[np.float64]:
     """One standard normal number per client, shape of `clients`, by inversion of `uniforms`."""
     return ndtri(uniforms(seed, stream, clients, *keys))
 
 
 def mean_one_jitter(
-    seed: int, stream: Stream, clients: ArrayLike, round_index: int, sigma: float | NDArray[np.float64]
+    seed: int, stream: Stream, clients: ArrayLike, flight: ArrayLike, sigma: float | NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Log-normal factors of mean exactly one, one per client, for one round.
+    """Log-normal factors of mean exactly one, one per client, for one flight of
+    each.
 
     Args:
         sigma: standard deviation of the logarithm, >= 0 (close to the coefficient of variation when small).
     """
     sigma = np.asarray(sigma, dtype=np.float64)
-    return np.exp(sigma * normals(seed, stream, clients, round_index) - 0.5 * sigma**2)
+    return np.exp(sigma * normals(seed, stream, clients, flight) - 0.5 * sigma**2)

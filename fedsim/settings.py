@@ -90,13 +90,16 @@ class FleetSettings(Section):
 
 
 class ServerSettings(Section):
-    """The round protocol. ``over_selection`` dispatches that share more clients than a round waits for.
+    """The server's protocol. ``rounds`` counts merges. ``clock`` is what plays it: SimPy's ``processes``, or ``arrays``
+    where clients cannot meet, with the same numbers to the bit (``auto`` takes them for large fleets that train
+    nothing). ``over_selection`` dispatches that share more clients than a round waits for.
 
     ``checkpoint_every`` counts rounds; ``auto`` writes one after the first round and then as often as about 5% of the
     host's time allows, and at the end. It decides what lies on disk, never a result.
     """
 
     mode: Literal["sync"] = "sync"
+    clock: Literal["auto", "processes", "arrays"] = "auto"
     rounds: Positive = 100
     clients_per_round: Positive | Literal["all"] = "all"
     over_selection: NonNegativeFloat = 0.0

@@ -17,7 +17,7 @@ from fedsim.bench.measure import BenchError, Check, Findings, Row, Skipped, Targ
 from fedsim.bench.options import Options
 from fedsim.contracts.common import IntArray
 from fedsim.contracts.control import Rewards, Work
-from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+from fedsim.contracts.flights import Arrivals, Flights, Learned
 from fedsim.fleet.fleet import Fleet, load_fleet
 from fedsim.runner.build import build
 from fedsim.runner.config import build_config
@@ -25,7 +25,7 @@ from fedsim.runner.run import run
 from fedsim.settings import Config, FleetSettings, ServerSettings
 from fedsim.sim.bare import play_bare_timeouts
 from fedsim.sim.server import simulate
-from fedsim.sim.timeline import PHASES
+from fedsim.sim.trips import PHASES
 
 _METHODS = {"uniform": "fedspine_uniform", "S-UCB": "fedspine", "balanced": "fedspine_balanced"}
 _RATES = {"uniform": 100_000.0, "S-UCB": 60_000.0, "balanced": 60_000.0}
@@ -38,20 +38,28 @@ _LARGE_LIMITS = (60.0, 2.0e9)
 class _SamePlan:
     """Implements `fedsim.contracts.flights.Strategy`: the same work for everybody, nothing learned."""
 
-    def open_round(self, round_index: int, clients: IntArray) -> RoundPlan:
+    def dispatch(self, clients: IntArray, version: int, now_s: float) -> Flights:
         """Jobs of a second or so."""
-        ones = np.ones(len(clients))
+        ones, whole = np.ones(len(clients)), np.zeros(len(clients), dtype=np.int64)
         work = Work(1e12 * ones, 1e9 * ones, 1e3 * ones, 1e9 * ones, 1e6 * ones, 1e6 * ones)
-        return RoundPlan(
-            round_index, clients, 0.0 * ones, 0.0 * ones, np.full(len(clients), 8), work, 0 * clients, 0 * clients
+        return Flights(
+            flight=whole + version,
+            clients=clients,
+            version=whole + version,
+            dispatch_s=now_s * ones,
+            ratio_before=0.0 * ones,
+            ratio_asked=0.0 * ones,
+            rank=whole + 8,
+            steps=whole + 1,
+            work=work,
+            ticket=whole,
         )
 
-    def close_round(self, report: RoundReport) -> RoundLearning:
+    def merge(self, arrivals: Arrivals) -> Learned:
         """Nothing."""
-        nothing = np.full(len(report.clients), np.nan)
-        ratio = np.zeros(len(report.clients))
-        rewards = Rewards.none(len(report.clients))
-        return RoundLearning(ratio, nothing, nothing, nothing, rewards, report.outcome, None, None, None)
+        nothing, ratio = np.full(len(arrivals), np.nan), np.zeros(len(arrivals))
+        rewards = Rewards.none(len(arrivals))
+        return Learned(ratio, nothing, nothing, nothing, rewards, arrivals.outcome, None, None, None)
 
 
 def measure_simulator(options: Options, say: Callable[[str], None]) -> Findings:
@@ -60,12 +68,11 @@ def measure_simulator(options: Options, say: Callable[[str], None]) -> Findings:
     say(f"simulator: {clients} clients, {rounds} rounds")
     fleet = load_fleet(FleetSettings(clients=clients), "fp32", seed=0)
 
-    def play(client_processes: bool) -> str:
-        settings = ServerSettings(rounds=rounds)
-        return _trace_hash(fleet, settings, client_processes)
+    def play(player: str) -> str:
+        return _trace_hash(fleet, ServerSettings(rounds=rounds), player)
 
     case = f"{clients} clients, {rounds} rounds"
-    if play(False) != play(True):
+    if play("arrays") != play("processes"):
         raise BenchError(f"bench simulator, {case}: arrays and client processes left different traces")
     events = clients * rounds * PHASES
     waited, end_s = play_bare_timeouts(clients, rounds)
@@ -75,8 +82,8 @@ def measure_simulator(options: Options, say: Callable[[str], None]) -> Findings:
     bare = "bare SimPy, three timeouts a client and round"
     contenders: dict[str, Callable[[], object]] = {
         bare: lambda: play_bare_timeouts(clients, rounds),
-        "client processes, with trace and report": lambda: play(True),
-        "arrays, with trace and report": lambda: play(False),
+        "client processes, with trace and report": lambda: play("processes"),
+        "arrays, with trace and report": lambda: play("arrays"),
     }
     seconds = in_turn(contenders, options.repeats(fewer=True))
     rows = tuple(
@@ -112,7 +119,7 @@ def measure_runs(options: Options, say: Callable[[str], None]) -> Findings:
                 config.server,
                 config.seed,
                 lambda *round_: None,
-                client_processes=True,
+                player="processes",
             )
             differs = float(slow.trace_hash != play(method, small))
             name = f"traces that differ between the run and client processes ({small} clients, {policy})"
@@ -191,6 +198,5 @@ def _timing_only(method: str, clients: int, rounds: int) -> Config:
     )
 
 
-def _trace_hash(fleet: Fleet, settings: ServerSettings, client_processes: bool) -> str:
-    end = simulate(fleet, _SamePlan(), settings, 0, lambda *round_: None, client_processes=client_processes)
-    return end.trace_hash
+def _trace_hash(fleet: Fleet, settings: ServerSettings, player: str) -> str:
+    return simulate(fleet, _SamePlan(), settings, 0, lambda *merge: None, player=player).trace_hash

@@ -64,13 +64,15 @@ class RoundContext:
     """What a policy knows when it chooses.
 
     Attributes:
-        round_index: 0-based.
-        clients: participants, shape (P,).
+        round_index: merges so far, 0-based.
+        clients: those to be sent off, shape (P,).
         ratio_before: each one's cumulative pruning ratio, as last asked.
         ratio_low, ratio_high: feasible cumulative ratios of this round (irreversibility, step limit, floor, cap).
         schedule_ratio: where the fleet mean should be after this round.
         ratio_max: the highest ratio any device may ever reach (the cap of the arm space).
         step_max: the largest rise of a device's ratio in one participation.
+        others: how many clients of the fleet are not sent off now.
+        others_offset: sum over them of how far their last arm stood from the schedule of its time.
     """
 
     round_index: int
@@ -81,6 +83,8 @@ class RoundContext:
     schedule_ratio: float
     ratio_max: float
     step_max: float
+    others: int = 0
+    others_offset: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +97,7 @@ class Arms:
 
 @dataclass(frozen=True, eq=False)
 class Feedback:
-    """What a policy learns when the whole round has reported, shape (P,).
+    """What a policy learns with a merge, shape (P,). Under an asynchronous server a client may be there twice.
 
     Attributes:
         work: what each job asked (no device).

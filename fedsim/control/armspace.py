@@ -11,7 +11,7 @@ import numpy as np
 
 from fedsim.contracts.common import FloatArray, IntArray
 from fedsim.contracts.control import RoundContext
-from fedsim.control.recentre import recentre
+from fedsim.control.recentre import recentred
 from fedsim.settings import ControlSettings
 
 OFFSET_SPAN = 0.2
@@ -46,7 +46,7 @@ def ratio_at(context: RoundContext, settings: ControlSettings, x: FloatArray) ->
     if settings.arms == "absolute":
         return np.clip(x * context.ratio_max, low, high)
     wish = np.clip(context.schedule_ratio + (2.0 * x - 1.0) * OFFSET_SPAN, low, high)
-    return recentre(wish, context.schedule_ratio, low, high)
+    return recentred(wish, context)
 
 
 def best_bound(

@@ -13,7 +13,7 @@ from fedsim.control.balanced import Balanced, Oracle
 from fedsim.control.eucb import EUcb
 from fedsim.control.grid_ucb import d_ucb_grid
 from fedsim.control.rank_growth import RankGrowth
-from fedsim.control.recentre import recentre
+from fedsim.control.recentre import recentre, recentred
 from fedsim.control.static_rank import StaticRank
 from fedsim.control.sucb import SUcb
 from fedsim.control.thompson import thompson
@@ -70,7 +70,7 @@ class Random(_Stateless):
         """Draw arms, and shift the ratios so that the participants' mean is on the schedule."""
         low, high = context.ratio_low, context.ratio_high
         draw = uniforms(self._seed, Stream.POLICY, context.clients, context.round_index)
-        ratio = recentre(low + draw * (high - low), context.schedule_ratio, low, high)
+        ratio = recentred(low + draw * (high - low), context)
         ranks = np.asarray(self._ask.ranks)
         place = uniforms(self._seed, Stream.POLICY_RANK, context.clients, context.round_index) * ranks.size
         return Arms(ratio=ratio, rank=ranks[place.astype(np.int64)])

@@ -1,7 +1,7 @@
 """A fleet: devices, power modes and links of all clients, as arrays. No object per client.
 
-Client i's device, mode draws, link and jitter are functions of (seed, i, round) alone, so a larger fleet leaves the
-clients of a smaller one as they were.
+Client i's device, link, mode draws and jitter are functions of the seed, of i, and of the round (modes) or of how often
+i was sent off before (jitter) alone, so a larger fleet leaves the clients of a smaller one as they were.
 """
 
 from __future__ import annotations
@@ -119,28 +119,36 @@ class Fleet:
 
     def mode_labels(self, round_index: int, clients: IntArray) -> Labels:
         """Name of each client's power mode, in columns."""
-        return Labels(self._modes.rows(self.seed, round_index, clients), self._modes.names)
+        return self.modes_at(self.mode_rows(round_index, clients))
 
-    def rates(self, round_index: int, clients: IntArray) -> Rates:
-        """Rates of each client's device in its mode of that round, arrays of shape (P,)."""
-        return _take(self._modes.table, self._modes.rows(self.seed, round_index, clients))
+    def mode_rows(self, round_index: int, clients: IntArray) -> IntArray:
+        """Which device in which power mode, as the row of `rates_at` and `modes_at`."""
+        return self._modes.rows(self.seed, round_index, clients)
 
-    def compute_seconds(self, round_index: int, clients: IntArray, work: Work) -> FloatArray:
-        """Seconds of each client's local job, with its jitter of that round.
+    def modes_at(self, rows: IntArray) -> Labels:
+        """Name of each power mode, in columns."""
+        return Labels(rows, self._modes.names)
+
+    def rates_at(self, rows: IntArray) -> Rates:
+        """Rates of each device in its mode."""
+        return _take(self._modes.table, rows)
+
+    def compute_seconds(self, flight: IntArray, clients: IntArray, work: Work, rates: Rates) -> FloatArray:
+        """Seconds of each client's local job, with the jitter of that flight of its.
 
         Raises:
             ProfileError, ValueError: a rate or a time that is not positive and finite (from `compute_time`).
         """
-        jitter = mean_one_jitter(self.seed, Stream.COMPUTE_JITTER, clients, round_index, self.compute_jitter_sigma)
-        return np.broadcast_to(compute_time(work, self.rates(round_index, clients)).total_s, clients.shape) * jitter
+        jitter = mean_one_jitter(self.seed, Stream.COMPUTE_JITTER, clients, flight, self.compute_jitter_sigma)
+        return np.broadcast_to(compute_time(work, rates).total_s, clients.shape) * jitter
 
-    def download_seconds(self, round_index: int, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
-        """Seconds of each client's download, with its jitter of that round."""
-        return download_seconds(self.links, self.seed, round_index, clients, bytes_)
+    def download_seconds(self, flight: IntArray, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
+        """Seconds of each client's download, with the jitter of that flight."""
+        return download_seconds(self.links, self.seed, flight, clients, bytes_)
 
-    def upload_seconds(self, round_index: int, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
-        """Seconds of each client's upload, with its jitter of that round."""
-        return upload_seconds(self.links, self.seed, round_index, clients, bytes_)
+    def upload_seconds(self, flight: IntArray, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
+        """Seconds of each client's upload, with the jitter of that flight."""
+        return upload_seconds(self.links, self.seed, flight, clients, bytes_)
 
     def expected_seconds(self, round_index: int, clients: IntArray, work: Work) -> FloatArray:
         """Seconds from dispatch to the end of upload without jitter: a `fedsim.contracts.control.ExpectedTime`.

@@ -1,8 +1,8 @@
-"""Transfer times. A link has a mean bandwidth each way, a latency, and a jitter of mean one per round and direction.
+"""Transfer times. A link has a mean bandwidth each way, a latency, and a jitter of mean one per flight and direction.
 
 Seconds of one transfer = latency + jitter * 8 * bytes / (bits per second). The jitter multiplies the time, not the
 bandwidth, so that its mean leaves the mean time as it is. Each client has its link for itself; links that share an
-access point would take the place of the timeouts in `fedsim.sim.client`.
+access point would take the place of the timeouts in `fedsim.sim.processes`.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def transfer_seconds(bytes_: ArrayLike, bits_per_s: ArrayLike, latency_s: ArrayL
     return np.asarray(latency_s, dtype=np.float64) + np.asarray(jitter, dtype=np.float64) * payload_s
 
 
-def download_seconds(links: Links, seed: int, round_index: int, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
-    """Seconds of each client's download in a round, with its jitter, shape (P,)."""
-    jitter = mean_one_jitter(seed, Stream.DOWNLOAD_JITTER, clients, round_index, links.jitter_sigma[clients])
+def download_seconds(links: Links, seed: int, flight: IntArray, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
+    """Seconds of each client's download, with the jitter of that flight, shape (P,)."""
+    jitter = mean_one_jitter(seed, Stream.DOWNLOAD_JITTER, clients, flight, links.jitter_sigma[clients])
     return transfer_seconds(bytes_, links.down_bits_per_s[clients], links.latency_s[clients], jitter)
 
 
-def upload_seconds(links: Links, seed: int, round_index: int, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
-    """Seconds of each client's upload in a round, with its jitter, shape (P,)."""
-    jitter = mean_one_jitter(seed, Stream.UPLOAD_JITTER, clients, round_index, links.jitter_sigma[clients])
+def upload_seconds(links: Links, seed: int, flight: IntArray, clients: IntArray, bytes_: ArrayLike) -> FloatArray:
+    """Seconds of each client's upload, with the jitter of that flight, shape (P,)."""
+    jitter = mean_one_jitter(seed, Stream.UPLOAD_JITTER, clients, flight, links.jitter_sigma[clients])
     return transfer_seconds(bytes_, links.up_bits_per_s[clients], links.latency_s[clients], jitter)
 
 

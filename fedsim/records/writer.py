@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import ArrayLike, NDArray
 
 from fedsim.contracts.common import OUTCOME_LABELS, FloatArray, Labels, Outcome
-from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+from fedsim.contracts.flights import Arrivals, Learned
 from fedsim.errors import RunError
 from fedsim.files import replacing, sync_folder, writing
 from fedsim.records.columns import TABLES, columns_by_code, schema_of
@@ -45,59 +45,51 @@ class EventBlock(Protocol):
         """Arrays of one length, by the names of `EVENTS`."""
 
 
-def client_round_rows(plan: RoundPlan, report: RoundReport, learning: RoundLearning) -> pa.Table:
-    """Rows of ``client_rounds``: one per dispatched client, in the order of the plan.
+def client_round_rows(arrivals: Arrivals, learned: Learned) -> pa.Table:
+    """Rows of ``client_rounds``: one per flight that ended, in the order of the arrivals.
 
-    Every phase is the difference of two timestamps of the report; idle is one too, not what the others leave over.
+    Every phase is the difference of two timestamps; idle is one too, not what the others leave over.
 
     Raises:
-        ValueError: plan and report name different clients, or a client's timestamps run backwards.
+        ValueError: a flight's timestamps run backwards.
     """
-    _check_clocks(plan, report)
+    _check_clocks(arrivals)
+    flights = arrivals.flights
     return _table(
         "client_rounds",
         {
-            "round": np.full(len(plan.clients), plan.round_index),
-            **_flight_columns(plan, report),
-            "device": report.device,
-            "mode": report.mode,
-            "prune_ratio": learning.ratio,
-            "prune_ratio_target": plan.ratio_target,
-            "lora_rank": plan.rank,
-            "local_steps": plan.steps,
-            **client_seconds(report),
-            "bytes_down": report.bytes_down,
-            "bytes_up": report.bytes_up,
-            "energy_j": report.energy_joules,
-            "peak_memory_bytes": np.broadcast_to(plan.work.peak_memory_bytes, plan.clients.shape),
-            "outcome": Labels(learning.outcome, np.array(OUTCOME_LABELS)),
-            "loss_before": learning.loss_before,
-            "loss_after": learning.loss_after,
-            "lora_importance": learning.lora_importance,
-            "reward_loss": learning.rewards.loss,
-            "reward_progress": learning.rewards.progress,
-            "reward_importance": learning.rewards.importance,
-            "reward_time": learning.rewards.time,
-            "reward": learning.rewards.reward,
+            "round": np.full(len(arrivals), arrivals.merge_index),
+            "flight": flights.flight,
+            "client": flights.clients,
+            "version": flights.version,
+            "staleness": arrivals.staleness,
+            "dispatch_s": flights.dispatch_s,
+            "device": arrivals.device,
+            "mode": arrivals.mode,
+            "ratio_before": flights.ratio_before,
+            "prune_ratio": learned.ratio,
+            "prune_ratio_target": flights.ratio_asked,
+            "lora_rank": flights.rank,
+            "local_steps": flights.steps,
+            **client_seconds(arrivals),
+            "bytes_down": arrivals.bytes_down,
+            "bytes_up": arrivals.bytes_up,
+            "energy_j": arrivals.energy_joules,
+            "peak_memory_bytes": flights.work.peak_memory_bytes,
+            "outcome": Labels(learned.outcome, np.array(OUTCOME_LABELS)),
+            "loss_before": learned.loss_before,
+            "loss_after": learned.loss_after,
+            "lora_importance": learned.lora_importance,
+            "reward_loss": learned.rewards.loss,
+            "reward_progress": learned.rewards.progress,
+            "reward_importance": learned.rewards.importance,
+            "reward_time": learned.rewards.time,
+            "reward": learned.rewards.reward,
         },
     )
 
 
-def _flight_columns(plan: RoundPlan, report: RoundReport) -> dict[str, NDArray[Any]]:
-    """What says which flight a row is. In a synchronous round all leave at its opening and are merged at its close."""
-    same = np.ones(len(plan.clients), dtype=np.int64)
-    version, merged_into = plan.round_index * same, report.round_index * same
-    return {
-        "flight": plan.flight,
-        "client": plan.clients,
-        "version": version,
-        "staleness": merged_into - version,
-        "dispatch_s": report.start_s * same,
-        "ratio_before": plan.ratio_before,
-    }
-
-
-def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, host_s: float) -> pa.Table:
+def round_row(arrivals: Arrivals, learned: Learned, host_s: float) -> pa.Table:
     """The one row of ``rounds``.
 
     Args:
@@ -105,25 +97,25 @@ def round_row(plan: RoundPlan, report: RoundReport, learning: RoundLearning, hos
     Raises:
         ValueError: as `client_round_rows`.
     """
-    _check_clocks(plan, report)
-    duration_s = report.end_s - report.start_s
-    participants = len(plan.clients)
+    _check_clocks(arrivals)
+    duration_s = arrivals.end_s - arrivals.start_s
+    participants = len(arrivals)
     values: dict[str, float | int | None] = {
-        "round": plan.round_index,
-        "start_s": report.start_s,
-        "end_s": report.end_s,
+        "round": arrivals.merge_index,
+        "start_s": arrivals.start_s,
+        "end_s": arrivals.end_s,
         "duration_s": duration_s,
-        "idle_fraction": idle_fraction(report) if participants * duration_s > 0 else None,
+        "idle_fraction": idle_fraction(arrivals) if participants * duration_s > 0 else None,
         "participants": participants,
-        "dropped": int(np.count_nonzero(learning.outcome != Outcome.OK)),
-        "bytes_down": float(np.sum(report.bytes_down)),
-        "bytes_up": float(np.sum(report.bytes_up)),
-        "energy_j": float(np.sum(report.energy_joules)),
-        "prune_ratio_mean": _mean(learning.ratio),
-        "lora_rank_mean": _mean(plan.rank),
-        "accuracy": learning.accuracy,
-        "loss": learning.loss,
-        "accuracy_consensus": learning.accuracy_consensus,
+        "dropped": int(np.count_nonzero(learned.outcome != Outcome.OK)),
+        "bytes_down": float(np.sum(arrivals.bytes_down)),
+        "bytes_up": float(np.sum(arrivals.bytes_up)),
+        "energy_j": float(np.sum(arrivals.energy_joules)),
+        "prune_ratio_mean": _mean(learned.ratio),
+        "lora_rank_mean": _mean(arrivals.flights.rank),
+        "accuracy": learned.accuracy,
+        "loss": learned.loss,
+        "accuracy_consensus": learned.accuracy_consensus,
         "host_s": host_s,
     }
     return _table("rounds", {name: [value] for name, value in values.items()})
@@ -166,9 +158,7 @@ class RecordWriter:
         for table in self._tables:
             self._check_complete(table)
 
-    def append_round(
-        self, plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: EventBlock, host_s: float
-    ) -> None:
+    def append_round(self, arrivals: Arrivals, learned: Learned, block: EventBlock, host_s: float) -> None:
         """Take the rows of one round; written now only if many wait.
 
         Raises:
@@ -176,16 +166,16 @@ class RecordWriter:
             RunError: as `close_part`.
         """
         expected = self._next_round + len(self._waiting["rounds"])
-        if plan.round_index != expected:
-            raise ValueError(f"round {plan.round_index} appended where round {expected} comes next")
-        self._waiting["rounds"].append(round_row(plan, report, learning, host_s))
+        if arrivals.merge_index != expected:
+            raise ValueError(f"round {arrivals.merge_index} appended where round {expected} comes next")
+        self._waiting["rounds"].append(round_row(arrivals, learned, host_s))
         if "client_rounds" in self._waiting:
-            self._waiting["client_rounds"].append(client_round_rows(plan, report, learning))
+            self._waiting["client_rounds"].append(client_round_rows(arrivals, learned))
         if "events" in self._waiting:
             self._waiting["events"].append(_table("events", block.columns()))
         self._waiting_rows += sum(len(tables[-1]) for tables in self._waiting.values())
         if self._waiting_rows >= self._part_rows or len(self._waiting["rounds"]) >= PART_ROUNDS:
-            self.close_part(plan.round_index + 1)
+            self.close_part(arrivals.merge_index + 1)
 
     def close_part(self, next_round: int) -> None:
         """Write the waiting rows as ``parts/<table>-<first>-<next_round>.parquet`` (the last round not included).
@@ -329,19 +319,20 @@ def _mean(values: NDArray[Any]) -> float | None:
     return float(known.mean()) if known.size else None
 
 
-def _check_clocks(plan: RoundPlan, report: RoundReport) -> None:
-    if not np.array_equal(plan.clients, report.clients):
-        raise ValueError(f"round {plan.round_index}: plan and report name different clients")
+def _check_clocks(arrivals: Arrivals) -> None:
     steps: list[FloatArray | float] = [
-        report.start_s,
-        report.download_start_s,
-        report.download_end_s,
-        report.compute_end_s,
-        report.upload_end_s,
-        report.end_s,
+        arrivals.flights.dispatch_s,
+        arrivals.download_start_s,
+        arrivals.download_end_s,
+        arrivals.compute_end_s,
+        arrivals.upload_end_s,
+        arrivals.released_s,
+        arrivals.end_s,
     ]
     for before, after in pairwise(steps):
         ordered = np.asarray(after) >= np.asarray(before)  # False for NaN, too
         if not ordered.all():
-            client = plan.clients[int(np.argmin(ordered))]
-            raise ValueError(f"round {plan.round_index}: timestamps of client {client} are missing or run backwards")
+            client = arrivals.clients[int(np.argmin(ordered))]
+            raise ValueError(
+                f"round {arrivals.merge_index}: timestamps of client {client} are missing or run backwards"
+            )

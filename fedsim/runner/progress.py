@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from fedsim.contracts.flights import RoundLearning, RoundReport
+from fedsim.contracts.flights import Arrivals, Learned
 from fedsim.text import seconds_text
 
 
@@ -47,21 +47,21 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def round_done(self, report: RoundReport, learning: RoundLearning) -> None:
+    def round_done(self, arrivals: Arrivals, learned: Learned) -> None:
         """Show one finished round."""
         self._done += 1
-        accuracy = "" if learning.accuracy is None else f", accuracy {learning.accuracy:.3f}"
+        accuracy = "" if learned.accuracy is None else f", accuracy {learned.accuracy:.3f}"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"simulated {seconds_text(report.end_s)} s{accuracy}")
+            self._bar.set_postfix_str(f"simulated {seconds_text(arrivals.end_s)} s{accuracy}")
             self._bar.update(1)
             return
         every = max(1, self._rounds // 20)
-        if self._quiet or (learning.accuracy is None and self._done % every and self._done != self._first + 1):
+        if self._quiet or (learned.accuracy is None and self._done % every and self._done != self._first + 1):
             return
         spent_s = time.monotonic() - self._began_s
         left_s = spent_s / (self._done - self._first) * (self._rounds - self._done)
         print(
-            f"{self._label}: round {self._done}/{self._rounds}, simulated {seconds_text(report.end_s)} s{accuracy}, "
+            f"{self._label}: round {self._done}/{self._rounds}, simulated {seconds_text(arrivals.end_s)} s{accuracy}, "
             f"about {left_s:.0f} s to go",
             file=sys.stderr,
             flush=True,

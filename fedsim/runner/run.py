@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+import numpy as np
+
+from fedsim.contracts.flights import Arrivals, Learned
 from fedsim.cost.device import DeviceProfile, perturbed
 from fedsim.errors import RunError
 from fedsim.methods.catalogue import method_named
@@ -30,6 +32,9 @@ from fedsim.runner.trackers import check_trackers, open_trackers
 from fedsim.settings import Config
 from fedsim.sim.server import SimState, finished, simulate, state_after
 from fedsim.sim.trace import TraceBlock
+
+_CLOCK = "clock."
+"""Prefix of the simulated clock's arrays in a checkpoint: the flights under way."""
 
 _PACKAGES = ("numpy", "pandas", "peft", "pyarrow", "scipy", "simpy", "tokenizers", "torch", "transformers")
 
@@ -153,9 +158,10 @@ def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: in
     experiment, progress = _prepare(config, quiet, profile_draw, done=next_round)
     _same_inputs(directory, experiment)
     experiment.federation.restore(state)
+    under_way = {name.removeprefix(_CLOCK): value for name, value in state.items() if name.startswith(_CLOCK)}
     start = SimState(next_round, float(meta["now_s"]), str(meta["trace_hash"]), bool(meta["target_met"]))
     spent = _Spent(float(meta["host_s"]), float(meta.get("controller_host_s", 0.0)))
-    _simulate(directory, experiment, progress, start, spent)
+    _simulate(directory, experiment, progress, start, spent, under_way)
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,18 @@ class _Spent:
 
 
 def _simulate(
-    directory: RunDirectory, experiment: Experiment, progress: Progress, start: SimState, earlier: _Spent
+    directory: RunDirectory,
+    experiment: Experiment,
+    progress: Progress,
+    start: SimState,
+    earlier: _Spent,
+    under_way: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Play the rounds; records, checkpoints and the manifest follow.
 
     Args:
         earlier: host seconds of earlier processes of this run.
+        under_way: flights under way at `start`, from the checkpoint.
     """
     config, federation = experiment.config, experiment.federation
     writer = RecordWriter(directory.path, config.records, next_round=start.next_round)
@@ -186,15 +198,17 @@ def _simulate(
             "controller_host_s": earlier.controller_s + experiment.controller.spent_s,
         }
 
-    def on_round(plan: RoundPlan, report: RoundReport, learning: RoundLearning, block: TraceBlock) -> None:
+    def on_merge(
+        arrivals: Arrivals, learned: Learned, block: TraceBlock, under_way: Callable[[], dict[str, np.ndarray]]
+    ) -> None:
         nonlocal round_began_s
         now_s = time.perf_counter()
         spent_round_s = now_s - round_began_s
-        writer.append_round(plan, report, learning, block, host_s=spent_round_s)
+        writer.append_round(arrivals, learned, block, host_s=spent_round_s)
         if trackers:
-            trackers.round(round_row(plan, report, learning, spent_round_s).to_pylist()[0])
+            trackers.round(round_row(arrivals, learned, spent_round_s).to_pylist()[0])
         round_began_s = now_s
-        after = state_after(config.server, report, learning, block)
+        after = state_after(config.server, arrivals, learned, block)
         if finished(config.server, after) or pace.due(after.next_round, now_s):
             # Records first: a part beyond the newest checkpoint is dropped at resume, a missing one is lost.
             writer.close_part(after.next_round)
@@ -204,13 +218,23 @@ def _simulate(
                 "target_met": after.target_met,
                 **spent(),
             }
-            save_checkpoint(directory.path / CHECKPOINT, after.next_round, federation.state(), meta)
+            clock = {f"{_CLOCK}{name}": column for name, column in under_way().items()}
+            save_checkpoint(directory.path / CHECKPOINT, after.next_round, {**federation.state(), **clock}, meta)
             pace.wrote(now_s, time.perf_counter())
-        progress.round_done(report, learning)
+        progress.round_done(arrivals, learned)
 
     trackers.start(config.model_dump(mode="json"), directory.manifest)
     with progress, trackers:
-        end = simulate(experiment.fleet, federation, config.server, config.seed, on_round, start)
+        end = simulate(
+            experiment.fleet,
+            federation,
+            config.server,
+            config.seed,
+            on_merge,
+            start,
+            player=experiment.player,
+            under_way=under_way,
+        )
         # In this order: killed in between, the parts are still there and a resumed run joins them again.
         writer.join()
         federation.export(directory.path / "adapter")

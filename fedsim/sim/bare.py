@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import simpy
 
-from fedsim.sim.timeline import PHASES
+from fedsim.sim.trips import PHASES
 
 
 def play_bare_timeouts(clients: int, rounds: int) -> tuple[int, float]:

@@ -1,29 +1,94 @@
-"""The synchronous protocol: who takes part in a round, when the run is over, and what a resumed run must know."""
+"""The server's side of the clock: what a protocol decides, when a run is over, what a resumed run must know.
+
+A protocol is a rule over flights: who is sent off, when updates are merged and how many, who is given up. `sync` is
+`fedsim.sim.sync.Sync`; others are files of their own.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.contracts.common import IntArray
-from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+from fedsim.contracts.flights import Arrivals, Learned
 from fedsim.errors import ConfigError
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ServerSettings
 from fedsim.sim.trace import START_HASH, TraceBlock
 
-OnRound = Callable[[RoundPlan, RoundReport, RoundLearning, TraceBlock], None]
+OnMerge = Callable[[Arrivals, Learned, TraceBlock, Callable[[], dict[str, np.ndarray]]], None]
+"""Called after each merge: what arrived, what was learned, the trace since the last merge, and a function that gives
+the flights still under way as arrays, for a checkpoint."""
+
+
+class ServerView(Protocol):
+    """What a protocol sees of the clock. Nothing in it may be changed."""
+
+    @property
+    def now_s(self) -> float:
+        """The simulated clock."""
+
+    @property
+    def version(self) -> int:
+        """Merges so far."""
+
+    @property
+    def opened_s(self) -> float:
+        """The clock at the last merge (0 before the first)."""
+
+    @property
+    def flying(self) -> int:
+        """Flights at work."""
+
+    @property
+    def waiting(self) -> int:
+        """Updates that have arrived and wait to be merged."""
+
+    @property
+    def timer_over(self) -> bool:
+        """Whether the clock has come to `ServerProtocol.timer_s`."""
+
+    @property
+    def idle(self) -> NDArray[np.bool_]:
+        """Mask (clients,) of those that may be sent off."""
+
+
+class ServerProtocol(Protocol):
+    """When clients are sent off, and when their updates are merged.
+
+    Attributes:
+        held: whether a client stays with the server, idle, until its update is merged.
+    """
+
+    held: bool
+
+    def start(self, view: ServerView) -> IntArray:
+        """Clients to send off now, ascending; none is often the answer. Asked whenever the server looks."""
+
+    def patience(self, view: ServerView) -> int:
+        """After how many more arrivals the server looks again, at least 1."""
+
+    def timer_s(self, view: ServerView) -> float | None:
+        """When the server looks again whatever arrives; None: never for the time's sake."""
+
+    def due(self, view: ServerView) -> int | None:
+        """How many of the waiting updates are merged now, the earliest first; None: not yet."""
+
+    def abandon(self, view: ServerView) -> IntArray | None:
+        """Clients at work that are given up with the merge that is due; None: all of them."""
 
 
 @dataclass(frozen=True)
 class SimState:
-    """Where the simulation stands between two rounds: all that a resumed run needs.
+    """Where the simulation stands between two merges: all that a resumed run needs beside the flights under way.
 
     Attributes:
-        next_round: the round to open next.
+        next_round: merges so far, and so the number of the next.
         now_s: the simulated clock, exactly.
         trace_hash: digest of all trace records so far.
         target_met: whether `server.target_accuracy` was reached, so that no round follows.
@@ -35,15 +100,15 @@ class SimState:
     target_met: bool = False
 
 
-def state_after(settings: ServerSettings, report: RoundReport, learning: RoundLearning, block: TraceBlock) -> SimState:
-    """The state after a round, from what `OnRound` is given."""
-    target, accuracy = settings.target_accuracy, learning.accuracy
+def state_after(settings: ServerSettings, arrivals: Arrivals, learned: Learned, block: TraceBlock) -> SimState:
+    """The state after a merge, from what `OnMerge` is given."""
+    target, accuracy = settings.target_accuracy, learned.accuracy
     met = target is not None and accuracy is not None and accuracy >= target
-    return SimState(report.round_index + 1, report.end_s, block.digest, met)
+    return SimState(arrivals.merge_index + 1, arrivals.end_s, block.digest, met)
 
 
 def finished(settings: ServerSettings, state: SimState) -> bool:
-    """Whether no round follows: all rounds played, the time budget passed, or the target accuracy reached."""
+    """Whether no merge follows: all played, the time budget passed, or the target accuracy reached."""
     out_of_time = settings.time_budget_s is not None and state.now_s >= settings.time_budget_s
     return state.next_round >= settings.rounds or out_of_time or state.target_met
 

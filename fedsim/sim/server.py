@@ -1,23 +1,149 @@
-"""The server: opens rounds, has them played on the simulated clock, closes them (synchronous protocol).
+"""The server: sends flights off, looks when its protocol wants to, merges, and goes on until the run is over.
 
-A round closes when the updates it waits for have arrived, at its deadline, or when nobody is left at work. An update
-whose upload ends at the very moment of the close has arrived. Server computation takes no simulated time.
+It works with one protocol (when), one strategy (what is learned) and one player (the clock). An update whose upload
+ends at the very moment of a merge has arrived. Server computation takes no simulated time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+from numpy.typing import NDArray
 
 from fedsim.contracts.flights import Strategy
+from fedsim.errors import RunError
 from fedsim.fleet.fleet import Fleet
 from fedsim.settings import ServerSettings
-from fedsim.sim.client import ClientProcesses
-from fedsim.sim.protocol import OnRound, SimState, finished, sample_clients, state_after
-from fedsim.sim.rounds import ArrayRounds
-from fedsim.sim.timeline import PHASES, Player, report_of, trips_of
-from fedsim.sim.trace import SERVER, Event, Trace
+from fedsim.sim.arrays import ArrayPlayer
+from fedsim.sim.event_log import log_merge, log_modes, log_moves, log_open
+from fedsim.sim.processes import ProcessPlayer
+from fedsim.sim.protocol import OnMerge, ServerProtocol, SimState, finished, sample_clients, state_after
+from fedsim.sim.sync import Sync
+from fedsim.sim.trace import Trace
+from fedsim.sim.trips import Player, arrivals_of, trips_of
 
-__all__ = ["OnRound", "SimState", "finished", "sample_clients", "simulate", "state_after"]
+__all__ = [
+    "OnMerge",
+    "Server",
+    "SimState",
+    "finished",
+    "make_player",
+    "make_protocol",
+    "sample_clients",
+    "simulate",
+    "state_after",
+]
+
+
+def make_protocol(settings: ServerSettings, clients: int, seed: int) -> ServerProtocol:
+    """The protocol that ``server.mode`` names."""
+    return Sync(settings, clients, seed)
+
+
+def make_player(name: str, clients: int, now_s: float, *, held: bool) -> Player:
+    """The player called ``processes`` or ``arrays``."""
+    return ArrayPlayer(clients, now_s) if name == "arrays" else ProcessPlayer(clients, now_s, held=held)
+
+
+class Server:
+    """Implements `fedsim.sim.protocol.ServerView` over a player.
+
+    Args:
+        on_merge: called after each merge; `state_after` gives the state to store.
+        start: where to go on.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        strategy: Strategy,
+        protocol: ServerProtocol,
+        player: Player,
+        settings: ServerSettings,
+        on_merge: OnMerge,
+        start: SimState,
+    ) -> None:
+        self._fleet, self._strategy, self._protocol, self._player = fleet, strategy, protocol, player
+        self._settings, self._on_merge, self._state = settings, on_merge, start
+        self._trace = Trace(start.trace_hash)
+
+    # -- what the protocol sees ---------------------------------------------------------------------------------------
+
+    @property
+    def now_s(self) -> float:
+        """The simulated clock."""
+        return self._player.now_s
+
+    @property
+    def version(self) -> int:
+        """Merges so far."""
+        return self._state.next_round
+
+    @property
+    def opened_s(self) -> float:
+        """The clock at the last merge."""
+        return self._state.now_s
+
+    @property
+    def flying(self) -> int:
+        """Flights at work."""
+        return self._player.flying
+
+    @property
+    def waiting(self) -> int:
+        """Updates that wait to be merged."""
+        return self._player.waiting
+
+    @property
+    def timer_over(self) -> bool:
+        """Whether the protocol's timer is over."""
+        return self._player.timer_over
+
+    @property
+    def idle(self) -> NDArray[np.bool_]:
+        """Clients that may be sent off."""
+        return self._player.idle
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> SimState:
+        """Play until `finished`; the state after the last merge."""
+        protocol, player = self._protocol, self._player
+        while not finished(self._settings, self._state):
+            log_modes(self._trace, self._fleet, self.version, self.now_s)
+            self._send_off()
+            while (merged := protocol.due(self)) is None:
+                if not player.advance(protocol.patience(self), protocol.timer_s(self)):
+                    raise RunError(
+                        f"nothing can happen any more at {self.now_s:g} simulated s: no client is at work, and the "
+                        f"server's protocol sends nobody off (merge {self.version} of {self._settings.rounds})"
+                    )
+                if protocol.due(self) is None:
+                    self._send_off()
+            self._merge(merged)
+        return self._state
+
+    def _send_off(self) -> None:
+        clients = self._protocol.start(self)
+        if not len(clients):
+            return
+        flights = self._strategy.dispatch(clients, self.version, self.now_s)
+        if not np.array_equal(flights.clients, clients) or (flights.version != self.version).any():
+            raise ValueError(f"the strategy's flights are not those of version {self.version} and its clients")
+        log_open(self._trace, self.now_s, self.version, len(clients))
+        self._player.launch(trips_of(self._fleet, flights, self.version))
+
+    def _merge(self, merged: int) -> None:
+        index, now_s = self.version, self.now_s
+        landed = self._player.land(merged, self._protocol.abandon(self))
+        log_moves(self._trace, index, now_s, landed.moves)
+        log_merge(self._trace, now_s, index, merged)
+        arrivals = arrivals_of(self._fleet, landed, index, self.opened_s, now_s, held=self._protocol.held)
+        block = self._trace.take_block()
+        learned = self._strategy.merge(arrivals)
+        self._state = state_after(self._settings, arrivals, learned, block)
+        self._on_merge(arrivals, learned, block, self._player.state)
 
 
 def simulate(
@@ -25,55 +151,32 @@ def simulate(
     strategy: Strategy,
     settings: ServerSettings,
     seed: int,
-    on_round: OnRound,
+    on_merge: OnMerge,
     start: SimState | None = None,
     *,
-    client_processes: bool = False,
+    player: str = "processes",
+    under_way: Mapping[str, np.ndarray] | None = None,
+    protocol: ServerProtocol | None = None,
 ) -> SimState:
-    """Run rounds until `finished`.
+    """Play a run until `finished`.
 
     Args:
         seed: the run's root seed (client sampling here; the fleet carries its own copy for jitter).
-        on_round: called after each closed round; `state_after` gives the state to store.
+        on_merge: called after each merge; `state_after` gives the state to store.
         start: where to go on; the beginning when None.
-        client_processes: play rounds with a SimPy process per client instead of arrays: slow, with the same results.
+        player: ``processes`` (SimPy), or ``arrays`` where flights do not meet, with the same results.
+        under_way: flights under way at `start`, from the checkpoint.
+        protocol: a protocol in the place of the one that ``server.mode`` names.
     Returns:
-        The state after the last round.
+        The state after the last merge.
     Raises:
         ConfigError: more clients per round than the fleet has.
         ProfileError: a compute or transfer time that is not positive and finite.
-        Exception: whatever the strategy or `on_round` raise, unchanged.
+        RunError: nothing can happen any more.
+        Exception: whatever the strategy or `on_merge` raise, unchanged.
     """
     state = SimState() if start is None else start
-    trace = Trace(state.trace_hash)
-    player: Player = ClientProcesses(state.now_s) if client_processes else ArrayRounds()
-    while not finished(settings, state):
-        round_index, start_s = state.next_round, state.now_s
-        clients, quota = sample_clients(fleet.clients, settings, seed, round_index)
-        plan = strategy.open_round(round_index, clients)
-        if plan.round_index != round_index or not np.array_equal(plan.clients, clients):
-            raise ValueError(f"the strategy's plan is not for round {round_index} and its participants")
-        trips = trips_of(fleet, plan)
-        _record(trace, start_s, round_index, Event.ROUND_OPEN, len(clients))
-        _record_modes(fleet, round_index, start_s, trace)
-        timeline = player.play(trips, start_s, quota, settings.deadline_s, trace)
-        arrived = int(np.count_nonzero(timeline.phases_done == PHASES))
-        _record(trace, timeline.end_s, round_index, Event.ROUND_CLOSE, arrived)
-        report = report_of(fleet, trips, timeline)
-        block = trace.take_block()
-        learning = strategy.close_round(report)
-        state = state_after(settings, report, learning, block)
-        on_round(plan, report, learning, block)
-    return state
-
-
-def _record(trace: Trace, now_s: float, round_index: int, event: Event, value: int) -> None:
-    """The server's own records, as columns of one."""
-    trace.add_many(np.array([now_s]), round_index, np.array([SERVER]), event, np.array([float(value)]))
-
-
-def _record_modes(fleet: Fleet, round_index: int, now_s: float, trace: Trace) -> None:
-    """Record each client's power mode at the start, and again when a re-draw changes it."""
-    changed = fleet.mode_changes(round_index)
-    modes = fleet.modes(round_index, changed).astype(np.float64)
-    trace.add_many(np.full(len(changed), now_s), round_index, changed, Event.MODE, modes)
+    rule = make_protocol(settings, fleet.clients, seed) if protocol is None else protocol
+    clock = make_player(player, fleet.clients, state.now_s, held=rule.held)
+    clock.restore(dict(under_way or {}))
+    return Server(fleet, strategy, rule, clock, settings, on_merge, state).run()

@@ -1,7 +1,8 @@
 """The event log of a run: one record per change of state, in columns, with a hash that identifies the run.
 
-The hash is chained: the digest of a block (one round) covers the digest before it and the block's own records. A run
-that resumes from a checkpoint therefore needs the last digest only, and ends with the digest of an uninterrupted run.
+The hash is chained: the digest of a block (what happened between two merges) covers the digest before it and the
+block's own records. A run that resumes from a checkpoint therefore needs the last digest only, and ends with the digest
+of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ START_HASH = "0" * 64
 class Event(IntEnum):
     """What changed, and what `value` then holds. The numbers order ties and enter the hash: only add."""
 
-    ROUND_OPEN = 0  # clients dispatched
+    ROUND_OPEN = 0  # clients sent off
     MODE = 1  # index of the power mode that holds from now on
     DOWNLOAD_START = 2  # bytes to come
     DOWNLOAD_END = 3  # bytes received
     OUT_OF_MEMORY = 4  # peak bytes that the job would need
     COMPUTE_END = 5  # seconds computed
     UPLOAD_END = 6  # bytes sent
-    LATE = 7  # phases completed when the round closed: 0 none, 1 download, 2 compute
-    ROUND_CLOSE = 8  # updates that arrived
+    LATE = 7  # phases completed when it was given up: 0 none, 1 download, 2 compute
+    ROUND_CLOSE = 8  # updates that were merged
 
 
 _KINDS = ("<f8", "<i8", "<i8", "<i8", "<f8")
@@ -42,7 +43,7 @@ _NAMES = np.array([event.name.lower() for event in Event])
 
 @dataclass(frozen=True, eq=False)
 class TraceBlock:
-    """The records of one round, shape (records,), ordered by time, then event, then client.
+    """The records between two merges, shape (records,), ordered by time, then event, then client.
 
     Attributes:
         client: `SERVER` (-1) for the server's own records.
@@ -82,17 +83,12 @@ class Trace:
 
     def __init__(self, digest: str = START_HASH) -> None:
         self._digest = digest
-        self._rows: list[tuple[float, int, int, int, float]] = []
         self._columns: list[tuple[np.ndarray, ...]] = []
 
     @property
     def digest(self) -> str:
         """The hash up to the last block taken."""
         return self._digest
-
-    def add(self, time_s: float, round_index: int, client: int, event: Event, value: float) -> None:
-        """Record one change of state."""
-        self._rows.append((time_s, round_index, client, event, value))
 
     def add_many(
         self, time_s: FloatArray, round_index: int, clients: IntArray, event: Event, values: FloatArray
@@ -107,13 +103,7 @@ class Trace:
 
         Ties in time are ordered by event and client, not by the order in which the event loop happened to run.
         """
-        rows, self._rows = self._rows, []
         chunks, self._columns = self._columns, []
-        if rows:
-            singles = [
-                np.array(column, dtype=kind) for column, kind in zip(zip(*rows, strict=True), _KINDS, strict=True)
-            ]
-            chunks.append(tuple(singles))
         chunks.sort(key=lambda chunk: int(chunk[3][0]))
         columns = [
             np.concatenate([np.empty(0, kind), *(chunk[place] for chunk in chunks)]).astype(kind, copy=False)

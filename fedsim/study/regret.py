@@ -37,7 +37,7 @@ import pandas as pd
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
 from fedsim.contracts.control import Arms, Ask, ExpectedTime, Feedback, RoundContext, Work
-from fedsim.contracts.flights import RoundPlan
+from fedsim.contracts.flights import Flights
 from fedsim.control.solver import level
 from fedsim.errors import RunError
 from fedsim.federation.broadcast import BROADCASTS
@@ -49,10 +49,9 @@ from fedsim.runner.build import build, participants_per_round
 from fedsim.runner.config import build_config
 from fedsim.runner.run import perturbation
 from fedsim.settings import Config
+from fedsim.sim.arrays import ArrayPlayer
 from fedsim.sim.protocol import sample_clients
-from fedsim.sim.rounds import ArrayRounds
-from fedsim.sim.timeline import report_of, trips_of
-from fedsim.sim.trace import Trace
+from fedsim.sim.trips import arrivals_of, trips_of
 
 COLD_PARTICIPATIONS = 10
 """Rounds of its own in which a device counts as new: after as many `balanced` had settled."""
@@ -139,8 +138,8 @@ def regret(run: Run) -> Regret:
             {
                 "round": index,
                 "participants": len(clients),
-                "prune_ratio_mean": plan.ratio_target.mean(),
-                "oracle_prune_ratio_mean": best.ratio_target.mean(),
+                "prune_ratio_mean": plan.ratio_asked.mean(),
+                "oracle_prune_ratio_mean": best.ratio_asked.mean(),
                 "expected_s": duration_s,
                 "oracle_s": best_duration_s,
             }
@@ -149,7 +148,7 @@ def regret(run: Run) -> Regret:
         tables.append(
             table.assign(
                 expected_s=played_s,
-                oracle_ratio=best.ratio_target,
+                oracle_ratio=best.ratio_asked,
                 oracle_rank=best.rank,
                 oracle_expected_s=best_s,
                 regret_s=np.maximum(0.0, played_s - best_duration_s),
@@ -282,22 +281,24 @@ def _of_some(work: Work, participants: IntArray, clients: IntArray) -> Work:
 
 def _play(
     federation: Federation, fleet: Fleet, config: Config, index: int, quota: int, own: pd.DataFrame
-) -> tuple[RoundPlan, FloatArray, float]:
+) -> tuple[Flights, FloatArray, float]:
     """One round from second 0: the plan, each client's seconds if nothing cuts them, and the round's duration.
 
     Args:
         own: the round's records: the updates that arrived in the run are those that arrive here.
     """
-    plan = federation.open_round(index, own["client"].to_numpy())
-    trips = trips_of(fleet, plan)
-    timeline = ArrayRounds().play(trips, 0.0, quota, config.server.deadline_s, Trace())
+    flights = federation.dispatch(own["client"].to_numpy(), index, 0.0)
+    trips, player = trips_of(fleet, flights, index), ArrayPlayer(fleet.clients, 0.0)
+    player.launch(trips)
+    player.advance(quota, config.server.deadline_s)
+    landed, end_s = player.land(player.waiting, None), player.now_s
     arrived = own["outcome"].to_numpy() == Outcome.OK.label
     outcome = np.where(arrived, Outcome.OK, Outcome.DROPPED).astype(np.int64)
-    federation.close_round(replace(report_of(fleet, trips, timeline), outcome=outcome))
+    federation.merge(replace(arrivals_of(fleet, landed, index, 0.0, end_s, held=True), outcome=outcome))
     # Summed in the order in which the round is, so that the slowest client's time is the round's to the last bit.
     whole_s = trips.download_s + trips.compute_s + trips.upload_s
     time_s = np.where(trips.fits_memory, whole_s, trips.download_s)
-    return plan, time_s, timeline.end_s
+    return flights, time_s, end_s
 
 
 def _by_round(rows: pd.DataFrame) -> Iterator[tuple[int, pd.DataFrame]]:

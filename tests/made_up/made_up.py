@@ -10,7 +10,7 @@ import yaml
 
 from fedsim.contracts.common import Labels, Outcome
 from fedsim.contracts.control import Rewards, Work
-from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+from fedsim.contracts.flights import Arrivals, Flights, Learned
 from fedsim.records.checkpoint import save_checkpoint
 from fedsim.records.folder import RunDirectory
 from fedsim.records.writer import RecordWriter
@@ -68,7 +68,7 @@ def manifest_of(config: Config, clients: int, **changes: object) -> dict[str, ob
 
 def one_round(
     config: Config, round_index: int, start_s: float, clients: int = 80, fail: bool = True
-) -> tuple[RoundPlan, RoundReport, RoundLearning, Block]:
+) -> tuple[Arrivals, Learned, Block]:
     """One round as a pure function of its arguments, so that a resumed run makes the same rows again."""
     method, rounds = config.method, config.server.rounds
     generator = np.random.default_rng([config.seed, round_index, sorted(DEFAULTS).index(method)])
@@ -99,8 +99,19 @@ def one_round(
         download_bytes=bytes_way,
         upload_bytes=bytes_way,
     )
-    flight, steps = np.full(clients, round_index), np.full(clients, config.train.local_steps)
-    plan = RoundPlan(round_index, ids, before, ratio, rank, work, flight, steps)
+    count = np.full(clients, round_index)
+    flights = Flights(
+        flight=count,
+        clients=ids,
+        version=count,
+        dispatch_s=np.full(clients, start_s),
+        ratio_before=before,
+        ratio_asked=ratio,
+        rank=rank,
+        steps=np.full(clients, config.train.local_steps),
+        work=work,
+        ticket=np.zeros(clients, dtype=np.int64),
+    )
 
     compute_s = work.flops / (RATES[kind] * 1e12) * np.exp(0.02 * generator.standard_normal(clients))
     link_bits = generator.uniform(15e6, 25e6, clients)
@@ -114,17 +125,18 @@ def one_round(
     upload_end = np.where(dropped, compute_end, upload_end)
     outcome = np.where(dropped, Outcome.DROPPED, Outcome.OK)
     end_s = float(upload_end.max())
-    report = RoundReport(
-        round_index=round_index,
+    arrivals = Arrivals(
+        merge_index=round_index,
         start_s=start_s,
         end_s=end_s,
-        clients=ids,
+        flights=flights,
         device=Labels(kind, np.array(CLASSES)),
         mode=Labels(np.zeros(clients, dtype=np.int64), np.array(["MAXN"])),
         download_start_s=download_start,
         download_end_s=download_end,
         compute_end_s=compute_end,
         upload_end_s=upload_end,
+        released_s=np.full(clients, end_s),
         bytes_down=bytes_way,
         bytes_up=np.where(dropped, 0.0, bytes_way),
         energy_joules=12.0 * compute_s + 3.0 * (end_s - start_s),
@@ -136,7 +148,7 @@ def one_round(
         0.5 + 0.42 * (1 - np.exp(-4 * progress)) - 0.05 * float(ratio.mean()) + 0.006 * generator.standard_normal()
     )
     gone = np.where(dropped, np.nan, 1.0)
-    learning = RoundLearning(
+    learned = Learned(
         ratio=np.where(dropped, before, ratio),
         loss_before=0.7 * gone,
         loss_after=0.5 * gone,
@@ -147,7 +159,7 @@ def one_round(
         loss=0.4 if tested else None,
         accuracy_consensus=float(accuracy) - 0.01 if tested else None,
     )
-    return plan, report, learning, Block(start_s, end_s, round_index)
+    return arrivals, learned, Block(start_s, end_s, round_index)
 
 
 def play(
@@ -162,11 +174,11 @@ def play(
     """Append rounds with a checkpoint after each; returns the simulated time reached."""
     writer = RecordWriter(path, config.records, first)
     for index in range(first, config.server.rounds if stop_before is None else stop_before):
-        plan, report, learning, block = one_round(config, index, now_s, clients)
+        arrivals, learned, block = one_round(config, index, now_s, clients)
         if not with_accuracy:
-            learning = RoundLearning(**{**vars(learning), "accuracy": None, "loss": None, "accuracy_consensus": None})
-        now_s = report.end_s
-        writer.append_round(plan, report, learning, block, host_s=0.25)
+            learned = Learned(**{**vars(learned), "accuracy": None, "loss": None, "accuracy_consensus": None})
+        now_s = arrivals.end_s
+        writer.append_round(arrivals, learned, block, host_s=0.25)
         writer.close_part(index + 1)
         save_checkpoint(path / "checkpoint", index + 1, {"now": np.array(now_s)}, {"now_s": now_s})
     if stop_before is None:

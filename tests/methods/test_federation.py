@@ -9,7 +9,7 @@ import pytest
 
 from fedsim.contracts.common import Labels, Outcome
 from fedsim.contracts.control import Arms
-from fedsim.contracts.flights import RoundReport
+from fedsim.contracts.flights import Arrivals
 from fedsim.contracts.learning import Evaluation
 from fedsim.control.policies import make_policy
 from fedsim.control.reward import RewardModel
@@ -17,7 +17,8 @@ from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting
 from fedsim.errors import ConfigError
-from fedsim.federation.federation import Federation, Parts
+from fedsim.federation.federation import Federation
+from fedsim.federation.parts import Parts
 from fedsim.learn.standins.timing_only import TimingLearner
 from fedsim.methods.catalogue import method_named
 from fedsim.runner.config import build_config
@@ -42,7 +43,13 @@ class ToyLearner(TimingLearner):
 
     def result(self, tickets):
         self.trained += [self.submitted[ticket] for ticket in tickets.tolist()]
-        plain = super().result(tickets)
+        return self._with_losses(super().result(tickets))
+
+    def peek(self, tickets):
+        self.trained += [self.submitted[ticket] for ticket in tickets.tolist()]
+        return self._with_losses(super().peek(tickets))
+
+    def _with_losses(self, plain):
         count = len(plain.clients)
         outcome = np.where(np.isin(plain.clients, list(self.failing)), Outcome.NON_FINITE, Outcome.OK)
         return replace(plain, loss_before=np.full(count, 1.0), loss_after=np.full(count, 0.5), outcome=outcome)
@@ -92,17 +99,18 @@ def make(tree=None, clients=6, learner=None):
 def report(plan, outcomes=None, start_s=0.0):
     count = len(plan.clients)
     ends = start_s + np.linspace(10.0, 20.0, count)
-    return RoundReport(
-        round_index=plan.round_index,
+    return Arrivals(
+        merge_index=int(plan.version[0]),
         start_s=start_s,
         end_s=float(ends.max()),
-        clients=plan.clients,
+        flights=plan,
         device=Labels(np.zeros(count, dtype=np.int64), np.array(["d"])),
         mode=Labels(np.zeros(count, dtype=np.int64), np.array(["m"])),
         download_start_s=np.full(count, start_s),
         download_end_s=np.full(count, start_s + 1.0),
         compute_end_s=ends - 1.0,
         upload_end_s=ends,
+        released_s=np.full(count, ends.max()),
         bytes_down=plan.work.download_bytes,
         bytes_up=plan.work.upload_bytes,
         energy_joules=np.ones(count),
@@ -113,15 +121,15 @@ def report(plan, outcomes=None, start_s=0.0):
 def play(federation, rounds, clients=6, outcomes=None):
     learned = []
     for index in rounds:
-        plan = federation.open_round(index, np.arange(clients))
-        learned.append((plan, federation.close_round(report(plan, outcomes))))
+        plan = federation.dispatch(np.arange(clients), index, 0.0)
+        learned.append((plan, federation.merge(report(plan, outcomes))))
     return learned
 
 
 def test_nothing_is_pruned_in_warm_up_and_the_target_is_met_after_the_final_cut():
     federation, learner = make()
     learned = play(federation, range(10))
-    targets = np.array([plan.ratio_target.mean() for plan, _ in learned])
+    targets = np.array([plan.ratio_asked.mean() for plan, _ in learned])
     assert (targets[:2] == 0).all()
     assert (np.diff(targets) >= 0).all()
     assert not any(request.prune for request in learner.trained if request.round_index < 2)
@@ -139,10 +147,10 @@ def test_evaluation_comes_every_few_rounds_and_at_the_end():
 
 def test_a_run_that_ends_at_its_time_budget_is_cut_and_evaluated_in_that_round():
     federation, learner = make({"server.time_budget_s": 30.0})
-    plan = federation.open_round(2, np.arange(6))
-    assert federation.close_round(report(plan)).accuracy is None
-    plan = federation.open_round(4, np.arange(6))
-    assert federation.close_round(report(plan, start_s=20.0)).accuracy is not None
+    plan = federation.dispatch(np.arange(6), 2, 0.0)
+    assert federation.merge(report(plan)).accuracy is None
+    plan = federation.dispatch(np.arange(6), 4, 20.0)
+    assert federation.merge(report(plan, start_s=20.0)).accuracy is not None
     assert len(learner.cuts) == 1
     assert federation.final_sparsity().mean == pytest.approx(0.5, abs=1e-3)
 
@@ -159,7 +167,7 @@ def test_what_did_not_arrive_is_never_trained_and_keeps_its_ratio():
     assert np.isnan(learned.rewards.reward[:3]).all()
     assert (learned.ratio[:3] == 0).all()
     assert (later.ratio_before[:3] == 0).all()
-    assert (later.ratio_before[3:] == plan.ratio_target[3:]).all()
+    assert (later.ratio_before[3:] == plan.ratio_asked[3:]).all()
 
 
 def test_a_loss_that_is_not_finite_stops_that_client_only():
@@ -168,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_that_client_only():
     assert learned.outcome.tolist() == [Outcome.NON_FINITE if client == 2 else Outcome.OK for client in range(6)]
     assert learner.aggregated[0] == [0, 1, 3, 4, 5]
     assert later.ratio_before[2] == 0
-    assert (np.delete(later.ratio_before, 2) == np.delete(plan.ratio_target, 2)).all()
+    assert (np.delete(later.ratio_before, 2) == np.delete(plan.ratio_asked, 2)).all()
 
 
 def test_a_round_from_which_nothing_arrived_changes_nothing():
@@ -214,19 +222,19 @@ def test_state_taken_between_rounds_goes_on_identically(method):
     second, _ = make({"method": method})
     second.restore({name: np.array(value) for name, value in first.state().items()})
     for plan, (again, _) in zip(expected[5:], play(second, range(5, 10)), strict=True):
-        np.testing.assert_array_equal(plan.ratio_target, again.ratio_target)
+        np.testing.assert_array_equal(plan.ratio_asked, again.ratio_asked)
         np.testing.assert_array_equal(plan.rank, again.rank)
 
 
 def test_global_selection_counts_the_groups_that_were_really_kept():
     """The clock must see the unequal layers that training chose, not the schedule's equal shares."""
     federation, learner = make({"prune": {"selection": "global"}, "method": "fedspine_uniform"})
-    plan = federation.open_round(4, np.arange(6))
+    plan = federation.dispatch(np.arange(6), 4, 0.0)
     assert len(learner.trained) == 6  # trained at dispatch
-    expected = federation._parts.ask.work(plan.ratio_before, plan.ratio_target, plan.rank)
+    expected = federation._parts.ask.work(plan.ratio_before, plan.ratio_asked, plan.rank)
     np.testing.assert_allclose(plan.work.upload_bytes, expected.upload_bytes)  # the toy's layers are alike
     outcomes = [Outcome.LATE] + [Outcome.OK] * 5
-    learned = federation.close_round(report(plan, outcomes))
+    learned = federation.merge(report(plan, outcomes))
     assert learner.aggregated == [[1, 2, 3, 4, 5]]
     assert learned.ratio[0] == 0
 
@@ -249,4 +257,4 @@ def test_a_policy_that_breaks_its_bounds_is_named(ratio, rank, words):
 
     object.__setattr__(federation._parts, "policy", Wrong())
     with pytest.raises(ConfigError, match=words):
-        federation.open_round(4, np.arange(6))
+        federation.dispatch(np.arange(6), 4, 0.0)

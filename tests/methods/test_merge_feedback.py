@@ -14,7 +14,7 @@ from test_federation import SHAPE, ToyLearner, make
 
 from fedsim.contracts.common import Labels, Outcome
 from fedsim.contracts.control import Arms, Feedback, Work
-from fedsim.contracts.flights import RoundReport
+from fedsim.contracts.flights import Arrivals
 from fedsim.control.reward import RewardModel
 from fedsim.structure import achieved_ratio, kept_counts
 
@@ -70,17 +70,18 @@ class WatchedReward(RewardModel):
 
 def report_of(plan, outcome=OUTCOME):
     count = len(plan.clients)
-    return RoundReport(
-        round_index=plan.round_index,
-        start_s=START_S,
+    return Arrivals(
+        merge_index=int(plan.version[0]),
+        start_s=90.0,
         end_s=150.0,
-        clients=plan.clients,
+        flights=plan,
         device=Labels(np.zeros(count, dtype=np.int64), np.array(["d"])),
         mode=Labels(np.zeros(count, dtype=np.int64), np.array(["m"])),
         download_start_s=DOWNLOAD_START_S,
         download_end_s=DOWNLOAD_END_S,
         compute_end_s=COMPUTE_END_S,
         upload_end_s=UPLOAD_END_S,
+        released_s=np.full(count, 149.0),
         bytes_down=1.0 + np.arange(count),
         bytes_up=20.0 + np.arange(count),
         energy_joules=40.0 + np.arange(count),
@@ -96,11 +97,11 @@ def merged():
     reward = WatchedReward(federation.parts.config.reward, FLEET)
     object.__setattr__(federation.parts, "policy", policy)
     object.__setattr__(federation.parts, "reward", reward)
-    first = federation.open_round(4, CLIENTS)
-    federation.close_round(report_of(first, np.full(len(CLIENTS), Outcome.OK)))
+    first = federation.dispatch(CLIENTS, 4, START_S)
+    federation.merge(report_of(first, np.full(len(CLIENTS), Outcome.OK)))
     learner.failing = {2}
-    plan = federation.open_round(7, CLIENTS)
-    learned = federation.close_round(report_of(plan))
+    plan = federation.dispatch(CLIENTS, 7, START_S)
+    learned = federation.merge(report_of(plan))
     return first, plan, learned, policy.told[-1], reward, learner, federation
 
 
@@ -109,8 +110,8 @@ def test_every_field_of_the_feedback_against_the_report(merged):
     expected = {
         "round_index": 7,
         "clients": CLIENTS,
-        "ratio_before": first.ratio_target,
-        "ratio": plan.ratio_target,
+        "ratio_before": first.ratio_asked,
+        "ratio": plan.ratio_asked,
         "rank": np.array([2, 4, 8, 4, 2]),
         "time_s": TIME_S,
         "arrived": ARRIVED,
@@ -130,8 +131,8 @@ def test_every_argument_of_the_reward_against_the_report(merged):
     expected = {
         "loss_before": np.where(ARRIVED, 1.0 + 0.1 * CLIENTS, np.nan),
         "loss_after": np.where(ARRIVED, 0.9 - 0.02 * CLIENTS, np.nan),
-        "ratio_before": first.ratio_target,
-        "ratio": plan.ratio_target,
+        "ratio_before": first.ratio_asked,
+        "ratio": plan.ratio_asked,
         "lora_importance": np.where(ARRIVED, 3.0 + CLIENTS, np.nan),
         "time_s": TIME_S,
         "arrived": TRAINED,
@@ -157,7 +158,7 @@ def test_what_is_recorded_of_a_merge_against_the_report(merged):
     ]
     assert (plan.flight == 1).all()
     assert (plan.steps == 4).all()
-    whole = kept_counts(SHAPE, np.where(TRAINED, told.ratio, first.ratio_target))
+    whole = kept_counts(SHAPE, np.where(TRAINED, told.ratio, first.ratio_asked))
     np.testing.assert_array_equal(learned.ratio, achieved_ratio(SHAPE, whole[0][:, None], whole[1][:, None]))
 
 
@@ -165,13 +166,13 @@ def test_the_consensus_is_cut_to_the_mean_of_what_was_asked_of_the_whole_fleet(m
     """Not to that of the participants, of those that arrived, of the arms just played or of what whole heads allow."""
     first, plan, learned, _, _, learner, federation = merged
     asked = np.zeros(FLEET)
-    asked[CLIENTS] = np.where(TRAINED, plan.ratio_target, first.ratio_target)
+    asked[CLIENTS] = np.where(TRAINED, plan.ratio_asked, first.ratio_asked)
     assert learned.accuracy is not None
     assert learner.panels == [((0, 3), pytest.approx(asked.mean(), rel=1e-12))]
     others = (
         asked[CLIENTS].mean(),
-        plan.ratio_target.mean(),
-        plan.ratio_target.sum() / FLEET,
+        plan.ratio_asked.mean(),
+        plan.ratio_asked.sum() / FLEET,
         learned.ratio.mean(),
         federation.final_sparsity().mean,
     )

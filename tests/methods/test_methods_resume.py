@@ -32,14 +32,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(method, tmp_path, monke
     if method == "hetlora":
         options["train.rank_penalty"] = 20.0  # so that ranks are given up before the stop
     whole = fedsim.run("quickstart", out=tmp_path / "whole", quiet=True, **options)
-    real = Federation.open_round
+    real = Federation.dispatch
 
-    def stopping(self, round_index, clients):
-        if round_index == 2:
+    def stopping(self, clients, version, now_s):
+        if version == 2:
             raise StoppedError
-        return real(self, round_index, clients)
+        return real(self, clients, version, now_s)
 
-    monkeypatch.setattr(Federation, "open_round", stopping)
+    monkeypatch.setattr(Federation, "dispatch", stopping)
     with pytest.raises(StoppedError):
         fedsim.run("quickstart", out=tmp_path / "stopped", quiet=True, **options)
     monkeypatch.undo()

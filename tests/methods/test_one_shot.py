@@ -37,12 +37,12 @@ def test_prune_then_tune_cuts_after_a_pass_that_learns_nothing():
     assert all(by_round[index].learning_rate > 0.0 and not by_round[index].estimate for index in range(1, 10))
     assert not any(request.prune for request in learner.trained)
     assert [targets.tolist() for targets in learner.cuts] == [[0.5] * 6] * 2  # after the pass; the last changes nothing
-    assert all((plan.ratio_before == 0.5).all() and (plan.ratio_target == 0.5).all() for plan, _ in learned[1:])
+    assert all((plan.ratio_before == 0.5).all() and (plan.ratio_asked == 0.5).all() for plan, _ in learned[1:])
     # What a round costs: scores and estimates in the pass alone.
     ask = federation._parts.ask
     for index, priced in ((0, ask), (1, federation._parts.quiet_ask)):
         plan = learned[index][0]
-        expected = priced.work(plan.ratio_before, plan.ratio_target, plan.rank)
+        expected = priced.work(plan.ratio_before, plan.ratio_asked, plan.rank)
         for name in ("flops", "upload_bytes", "peak_memory_bytes"):
             np.testing.assert_array_equal(getattr(plan.work, name), getattr(expected, name))
     assert (learned[0][0].work.upload_bytes > learned[1][0].work.upload_bytes).all()
@@ -53,7 +53,7 @@ def test_tune_then_prune_cuts_before_its_recovery_rounds(recovery):
     federation, learner = one_shot("tune_then_prune", {"prune.recovery_rounds": recovery})
     learned = play(federation, range(10))
     cut = 9 - recovery
-    assert [float(plan.ratio_target.max()) for plan, _ in learned] == [0.0] * (cut + 1) + [0.5] * recovery
+    assert [float(plan.ratio_asked.max()) for plan, _ in learned] == [0.0] * (cut + 1) + [0.5] * recovery
     assert (learned[cut][1].ratio > 0.45).all()  # achieved after the cut
     estimates = {request.round_index: request.estimate for request in learner.trained}
     assert [index for index in range(10) if estimates[index]] == list(range(cut + 1))
@@ -64,9 +64,9 @@ def test_tune_then_prune_cuts_before_its_recovery_rounds(recovery):
 
 def test_a_run_out_of_time_is_cut_before_its_cut_round():
     federation, learner = one_shot("tune_then_prune", {"server.time_budget_s": 30.0})
-    federation.open_round(0, np.arange(6))
-    plan = federation.open_round(0, np.arange(6))
-    federation.close_round(report(plan, start_s=20.0))
+    federation.dispatch(np.arange(6), 0, 20.0)
+    plan = federation.dispatch(np.arange(6), 0, 20.0)
+    federation.merge(report(plan, start_s=20.0))
     assert [targets.tolist() for targets in learner.cuts] == [[0.5] * 6]
 
 
@@ -103,7 +103,7 @@ def test_a_rank_that_was_given_up_is_not_offered_again():
     assert ranks == [[8] * 6, [8, 8, 7, 8, 8, 8], [8, 8, 6, 8, 8, 8]]
     other, _ = make({"method": "fedspine_uniform"}, learner=GivingUp())
     other.restore({name: np.array(value) for name, value in federation.state().items()})
-    assert other.open_round(3, np.arange(6)).rank.tolist() == [8, 8, 5, 8, 8, 8]
+    assert other.dispatch(np.arange(6), 3, 0.0).rank.tolist() == [8, 8, 5, 8, 8, 8]
 
 
 def test_a_client_whose_update_was_late_gives_nothing_up():
@@ -149,7 +149,7 @@ def test_the_clock_counts_the_stack_and_only_its_download_grows():
             np.testing.assert_array_equal(getattr(plan.work, name), getattr(own, name))
     other, _ = make(tree)
     other.restore({name: np.array(value) for name, value in federation.state().items()})
-    later = [one.open_round(3, np.arange(6)).work.download_bytes for one in (federation, other)]
+    later = [one.dispatch(np.arange(6), 3, 0.0).work.download_bytes for one in (federation, other)]
     np.testing.assert_array_equal(*later)
 
 

@@ -13,7 +13,7 @@ from made_up import Block, config_of, one_round, write_run
 
 from fedsim.contracts.common import Labels, Outcome
 from fedsim.contracts.control import Rewards, Work
-from fedsim.contracts.flights import RoundLearning, RoundPlan, RoundReport
+from fedsim.contracts.flights import Arrivals, Flights, Learned
 from fedsim.errors import RunError
 from fedsim.records import writer as records
 from fedsim.records.columns import glossary_markdown
@@ -37,34 +37,37 @@ def three_clients(**changes):
     """A round of clients 2, 5, 7 from 10 s to 20 s: one ok, one late (cut in upload), one dropped in download."""
     count = 3
     work = Work(*(np.full(count, float(value)) for value in range(1, 7)))
-    plan = RoundPlan(
-        round_index=4,
-        clients=np.array([2, 5, 7]),
-        ratio_before=np.array([0.05, 0.15, 0.25]),
-        ratio_target=np.array([0.1, 0.2, 0.3]),
-        rank=np.array([2, 4, 16]),
-        work=work,
+    flights = Flights(
         flight=np.array([3, 0, 1]),
+        clients=np.array([2, 5, 7]),
+        version=np.array([4, 4, 2]),
+        dispatch_s=np.array([10.0, 10.0, 9.5]),
+        ratio_before=np.array([0.05, 0.15, 0.25]),
+        ratio_asked=np.array([0.1, 0.2, 0.3]),
+        rank=np.array([2, 4, 16]),
         steps=np.array([10, 20, 30]),
+        work=work,
+        ticket=np.zeros(count, dtype=np.int64),
     )
     outcome = np.array([Outcome.OK, Outcome.LATE, Outcome.DROPPED])
-    report = RoundReport(
-        round_index=4,
+    arrivals = Arrivals(
+        merge_index=4,
         start_s=10.0,
         end_s=20.0,
-        clients=plan.clients,
+        flights=flights,
         device=Labels(np.array([0, 1, 1]), np.array(["a", "b"])),
         mode=Labels(np.array([0, 0, 1]), np.array(["m", "n"])),
         download_start_s=np.array([10.5, 11.0, 10.0]),
         download_end_s=np.array([12.0, 12.0, 13.0]),
         compute_end_s=np.array([15.0, 19.0, 13.0]),
         upload_end_s=np.array([16.0, 20.0, 13.0]),
+        released_s=np.full(count, 20.0),
         bytes_down=np.array([100.0, 100.0, 30.5]),
         bytes_up=np.array([50.0, 20.0, 0.0]),
         energy_joules=np.array([7.0, 8.0, 9.0]),
         outcome=outcome,
     )
-    learning = RoundLearning(
+    learned = Learned(
         ratio=np.array([0.125, np.nan, np.nan]),
         loss_before=np.array([0.7, np.nan, np.nan]),
         loss_after=np.array([0.6, np.nan, np.nan]),
@@ -75,16 +78,16 @@ def three_clients(**changes):
         loss=None,
         accuracy_consensus=None,
     )
-    return plan, dataclasses.replace(report, **changes), learning
+    return dataclasses.replace(arrivals, **changes), learned
 
 
 def test_names_and_order_are_those_of_the_contract():
     assert {table: [column.name for column in columns] for table, columns in records.TABLES.items()} == {
         table: names.split() for table, names in CONTRACT.items()
     }
-    plan, report, learning = three_clients()
-    assert client_round_rows(plan, report, learning).column_names == CONTRACT["client_rounds"].split()
-    assert round_row(plan, report, learning, 0.5).column_names == CONTRACT["rounds"].split()
+    arrivals, learned = three_clients()
+    assert client_round_rows(arrivals, learned).column_names == CONTRACT["client_rounds"].split()
+    assert round_row(arrivals, learned, 0.5).column_names == CONTRACT["rounds"].split()
 
 
 def test_every_column_says_its_unit_and_meaning_in_the_glossary_and_in_the_file(tmp_path):
@@ -105,7 +108,7 @@ def test_client_rows_by_hand():
     rows = client_round_rows(*three_clients()).to_pydict()
     assert rows["round"] == [4, 4, 4]
     assert rows["client"] == [2, 5, 7]
-    assert rows["wait_s"] == [0.5, 1.0, 0.0]
+    assert rows["wait_s"] == [0.5, 1.0, 0.5]
     assert rows["download_s"] == [1.5, 1.0, 3.0]
     assert rows["compute_s"] == [3.0, 7.0, 0.0]
     assert rows["upload_s"] == [1.0, 1.0, 0.0]
@@ -118,9 +121,9 @@ def test_client_rows_by_hand():
     assert rows["outcome"] == ["ok", "late", "dropped"]
     assert rows["loss_before"] == [0.7, None, None]
     assert rows["flight"] == [3, 0, 1]
-    assert rows["version"] == [4, 4, 4]
-    assert rows["staleness"] == [0, 0, 0]
-    assert rows["dispatch_s"] == [10.0, 10.0, 10.0]
+    assert rows["version"] == [4, 4, 2]
+    assert rows["staleness"] == [0, 0, 2]
+    assert rows["dispatch_s"] == [10.0, 10.0, 9.5]
     assert rows["ratio_before"] == [0.05, 0.15, 0.25]
     assert rows["local_steps"] == [10, 20, 30]
     assert rows["lora_importance"] == [3.5, None, None]
@@ -134,7 +137,7 @@ def test_client_rows_by_hand():
 
 def test_round_row_by_hand():
     row = {name: values[0] for name, values in round_row(*three_clients(), 0.25).to_pydict().items()}
-    assert row["idle_fraction"] == pytest.approx(11.0 / 30.0)
+    assert row["idle_fraction"] == pytest.approx(11.0 / 30.5)
     assert {name: row[name] for name in ("round", "start_s", "end_s", "duration_s", "participants", "dropped")} == {
         "round": 4,
         "start_s": 10.0,
@@ -150,24 +153,25 @@ def test_round_row_by_hand():
 
 
 def test_a_failed_training_counts_as_dropped_in_the_round():
-    plan, report, learning = three_clients()
-    learning = dataclasses.replace(learning, outcome=np.array([Outcome.NON_FINITE, Outcome.LATE, Outcome.DROPPED]))
-    assert round_row(plan, report, learning, 0.0)["dropped"].to_pylist() == [3]
-    assert client_round_rows(plan, report, learning)["outcome"].to_pylist()[0] == "non_finite"
+    arrivals, learned = three_clients()
+    learned = dataclasses.replace(learned, outcome=np.array([Outcome.NON_FINITE, Outcome.LATE, Outcome.DROPPED]))
+    assert round_row(arrivals, learned, 0.0)["dropped"].to_pylist() == [3]
+    assert client_round_rows(arrivals, learned)["outcome"].to_pylist()[0] == "non_finite"
 
 
 def test_a_round_without_participants_has_nulls_not_nonsense():
-    plan, report, learning = three_clients()
+    arrivals, learned = three_clients()
 
-    def emptied(record):
-        changes = {
-            name: value[:0]
-            for name, value in vars(record).items()
-            if isinstance(value, (np.ndarray, tuple)) and name != "work"
-        }
-        return dataclasses.replace(record, **changes)
-
-    nobody = [emptied(record) for record in (plan, report, learning)]
+    nothing = np.zeros(len(arrivals), dtype=bool)
+    columns = {name: value[nothing] for name, value in vars(arrivals).items() if isinstance(value, np.ndarray)}
+    nobody = (
+        dataclasses.replace(arrivals, flights=arrivals.flights.take(nothing), **columns),
+        dataclasses.replace(
+            learned,
+            rewards=Rewards.none(0),
+            **{name: value[nothing] for name, value in vars(learned).items() if isinstance(value, np.ndarray)},
+        ),
+    )
     row = round_row(*nobody, 0.0).to_pylist()[0]
     assert (row["participants"], row["idle_fraction"], row["prune_ratio_mean"]) == (0, None, None)
 
@@ -177,7 +181,7 @@ def test_a_round_without_participants_has_nulls_not_nonsense():
     [
         {"compute_end_s": np.array([15.0, 11.5, 13.0])},
         {"download_start_s": np.array([10.5, 9.0, 10.0])},
-        {"end_s": 19.5},
+        {"end_s": 19.5, "released_s": np.full(3, 19.5)},
         {"upload_end_s": np.array([16.0, np.nan, 13.0])},
     ],
     ids=["backwards", "before the round", "after the round", "missing"],
@@ -189,11 +193,6 @@ def test_broken_clocks_are_refused_and_the_client_named(changes):
         round_row(*three_clients(**changes), 0.0)
 
 
-def test_other_clients_in_plan_and_report_are_refused():
-    with pytest.raises(ValueError, match="different clients"):
-        client_round_rows(*three_clients(clients=np.array([2, 5, 8])))
-
-
 @settings(max_examples=50, deadline=None)
 @given(
     start_s=st.floats(0, 1e6),
@@ -203,10 +202,13 @@ def test_parts_add_up_to_the_round(start_s, steps):
     """Whatever the timestamps, five phases taken from them fill the round for every client (to rounding)."""
     times = start_s + np.cumsum(np.array(steps), axis=1)
     end_s = float(times[:, -1].max())
+    flights = dataclasses.replace(three_clients()[0].flights, dispatch_s=np.full(3, start_s))
     rows = client_round_rows(
         *three_clients(
             start_s=start_s,
             end_s=end_s,
+            flights=flights,
+            released_s=np.full(3, end_s),
             download_start_s=times[:, 0],
             download_end_s=times[:, 1],
             compute_end_s=times[:, 2],
@@ -223,9 +225,9 @@ def read_bytes(folder, tables=records.TABLES):
 
 def append(writer, config, rounds, now_s=0.0):
     for index in rounds:
-        plan, report, learning, block = one_round(config, index, now_s, 16)
-        now_s = report.end_s
-        writer.append_round(plan, report, learning, block, host_s=0.5)
+        arrivals, learned, block = one_round(config, index, now_s, 16)
+        now_s = arrivals.end_s
+        writer.append_round(arrivals, learned, block, host_s=0.5)
     return now_s
 
 
@@ -286,9 +288,9 @@ def test_what_is_read_back_is_what_was_appended(tmp_path):
     folder = write_all(tmp_path / "a", [5, 12])
     config, now_s, expected = config_of("fedspine", 3, 12), 0.0, []
     for index in range(12):
-        plan, report, learning, _ = one_round(config, index, now_s, 16)
-        now_s = report.end_s
-        expected.append(client_round_rows(plan, report, learning))
+        arrivals, learned, _ = one_round(config, index, now_s, 16)
+        now_s = arrivals.end_s
+        expected.append(client_round_rows(arrivals, learned))
     assert pq.read_table(folder / "client_rounds.parquet").equals(pa.concat_tables(expected))
     assert pq.read_table(folder / "rounds.parquet")["round"].to_pylist() == list(range(12))
     events = pq.read_table(folder / "events.parquet").to_pandas()
@@ -372,9 +374,9 @@ def test_tables_can_be_left_out(tmp_path, table):
 
 def test_rounds_come_in_order(tmp_path):
     writer = RecordWriter(tmp_path, RecordSettings())
-    plan, report, learning, block = one_round(config_of("fedlora", 0, 3), 1, 0.0)
+    arrivals, learned, block = one_round(config_of("fedlora", 0, 3), 1, 0.0)
     with pytest.raises(ValueError, match="round 1 appended where round 0"):
-        writer.append_round(plan, report, learning, block, host_s=0.0)
+        writer.append_round(arrivals, learned, block, host_s=0.0)
     append(writer, config_of("fedlora", 0, 3), range(1))
     with pytest.raises(ValueError, match="closed at round 2 where round 1"):
         writer.close_part(2)
@@ -400,12 +402,15 @@ def test_a_full_disk_while_joining_is_one_sentence_and_keeps_the_parts(tmp_path,
 def test_the_event_block_of_the_simulator_fits(tmp_path):
     trace = pytest.importorskip("fedsim.sim.trace")
     log = trace.Trace()
-    log.add(0.5, 0, 3, trace.Event.DOWNLOAD_START, 100.0)
-    log.add(0.0, 0, trace.SERVER, trace.Event.ROUND_OPEN, 1.0)
-    plan, report, learning, _ = one_round(config_of("fedlora", 0, 1), 0, 0.0)
+    for time_s, client, event, value in (
+        (0.5, 3, trace.Event.DOWNLOAD_START, 100.0),
+        (0.0, trace.SERVER, trace.Event.ROUND_OPEN, 1.0),
+    ):
+        log.add_many(np.array([time_s]), 0, np.array([client]), event, np.array([value]))
+    arrivals, learned, _ = one_round(config_of("fedlora", 0, 1), 0, 0.0)
     with RunDirectory.create(tmp_path, force=False):
         writer = RecordWriter(tmp_path, RecordSettings())
-        writer.append_round(plan, report, learning, log.take_block(), host_s=0.0)
+        writer.append_round(arrivals, learned, log.take_block(), host_s=0.0)
         writer.close_part(1)
         writer.finish()
     events = pd.read_parquet(tmp_path / "events.parquet")

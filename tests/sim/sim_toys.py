@@ -10,7 +10,7 @@ import numpy as np
 
 from fedsim.contracts.common import Labels
 from fedsim.contracts.control import Rewards, Work
-from fedsim.contracts.flights import RoundLearning, RoundPlan
+from fedsim.contracts.flights import Flights, Learned
 from fedsim.sim.server import SimState, simulate
 
 
@@ -39,14 +39,17 @@ class ToyFleet:
     def mode_changes(self, round_index):
         return np.arange(0 if round_index else self.clients)
 
-    def mode_labels(self, round_index, clients):
-        return Labels(np.zeros(len(clients), dtype=np.int64), np.array(["only"]))
+    def mode_rows(self, version, clients):
+        return np.zeros(len(clients), dtype=np.int64)
+
+    def modes_at(self, rows):
+        return Labels(rows, np.array(["only"]))
 
     def devices(self, clients):
         return Labels(np.zeros(len(clients), dtype=np.int64), np.array(["toy"]))
 
-    def rates(self, round_index, clients):
-        ones = np.ones(len(clients))
+    def rates_at(self, rows):
+        ones = np.ones(len(rows))
         return SimpleNamespace(
             busy_power_watts=10.0 * ones,
             idle_power_watts=2.0 * ones,
@@ -54,14 +57,14 @@ class ToyFleet:
             usable_memory_bytes=self.usable_bytes * ones,
         )
 
-    def download_seconds(self, round_index, clients, bytes_):
+    def download_seconds(self, flight, clients, bytes_):
         return np.asarray(self.download_s, float)[clients]
 
-    def compute_seconds(self, round_index, clients, work):
-        factor = 1.0 if self.wobble is None else self.wobble(round_index, clients)
+    def compute_seconds(self, flight, clients, work, rates):
+        factor = 1.0 if self.wobble is None else self.wobble(flight, clients)
         return np.asarray(self.compute_s, float)[clients] * factor
 
-    def upload_seconds(self, round_index, clients, bytes_):
+    def upload_seconds(self, flight, clients, bytes_):
         return np.asarray(self.upload_s, float)[clients]
 
     def latency(self, clients):
@@ -75,37 +78,40 @@ def work(clients, memory=10.0, down=1000.0, up=500.0, flops=1e12):
 
 @dataclass
 class ToyStrategy:
-    """Same work for all; accuracy by round from a list; remembers the calls."""
+    """Same work for all; accuracy by merge from a list; remembers the calls, and how often each client was sent off."""
 
     memory: Any = 10.0
     accuracy: Any = None
     work_of: Any = None
     calls: list = field(default_factory=list)
+    sent: dict = field(default_factory=dict)
 
-    def open_round(self, round_index, clients):
-        self.calls.append(("open", round_index, clients.tolist()))
-        zeros = np.zeros(len(clients))
+    def dispatch(self, clients, version, now_s):
+        self.calls.append(("dispatch", version, clients.tolist()))
+        zeros, whole = np.zeros(len(clients)), np.zeros(len(clients), dtype=np.int64)
         memory = self.memory if np.isscalar(self.memory) else np.asarray(self.memory)[clients]
         job = work(clients, memory) if self.work_of is None else self.work_of(clients)
-        return RoundPlan(round_index, clients, zeros, zeros, np.full(len(clients), 8), job, 0 * clients, 0 * clients)
+        flight = np.array([self.sent.get(client, 0) for client in clients.tolist()], dtype=np.int64)
+        self.sent.update(zip(clients.tolist(), (flight + 1).tolist(), strict=True))
+        return Flights(flight, clients, whole + version, zeros + now_s, zeros, zeros, whole + 8, whole + 1, job, whole)
 
-    def close_round(self, report):
-        self.calls.append(("close", report.round_index))
-        nan = np.full(len(report.clients), np.nan)
-        accuracy = None if self.accuracy is None else self.accuracy[report.round_index]
-        rewards = Rewards.none(len(report.clients))
-        return RoundLearning(np.zeros(len(nan)), nan, nan, nan, rewards, report.outcome, accuracy, None, None)
+    def merge(self, arrivals):
+        self.calls.append(("merge", arrivals.merge_index))
+        nan = np.full(len(arrivals), np.nan)
+        accuracy = None if self.accuracy is None else self.accuracy[arrivals.merge_index]
+        rewards = Rewards.none(len(arrivals))
+        return Learned(np.zeros(len(arrivals)), nan, nan, nan, rewards, arrivals.outcome, accuracy, None, None)
 
 
 def play(fleet, settings, strategy=None, seed=0, start=None, **options):
-    """Run, and return (last state, reports, trace blocks)."""
+    """Run, and return (last state, arrivals of each merge, trace blocks)."""
     reports, blocks = [], []
 
-    def on_round(plan, report, learning, block):
-        reports.append(report)
+    def on_merge(arrivals, learned, block, under_way):
+        reports.append(arrivals)
         blocks.append(block)
 
-    end = simulate(fleet, strategy or ToyStrategy(), settings, seed, on_round, start, **options)
+    end = simulate(fleet, strategy or ToyStrategy(), settings, seed, on_merge, start, **options)
     assert isinstance(end, SimState)
     return end, reports, blocks
 

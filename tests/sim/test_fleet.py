@@ -87,7 +87,13 @@ def test_pattern_modes_and_links(fleet_file):
     assert not np.allclose(down[on_a], 2 * up[on_a])
     assert fleet.latency(np.arange(2)).tolist() == [0.0, 0.03]
     assert set(fleet.mode_names(0)[1::2]) == {"FAST"}
-    assert np.array_equal(fleet.rates(0, np.array([1])).flops_per_s, [0.5 * 5 * 100 * 2 * 1e9])
+    assert np.array_equal(fleet.rates_at(fleet.mode_rows(0, np.array([1]))).flops_per_s, [0.5 * 5 * 100 * 2 * 1e9])
+
+
+def computed(fleet, flight, clients, job=None):
+    """Seconds of computing in flight and round of the same number."""
+    rates = fleet.rates_at(fleet.mode_rows(flight, clients))
+    return fleet.compute_seconds(flight, clients, work(clients) if job is None else job, rates)
 
 
 def test_clients_stay_as_they_are_in_a_larger_fleet(fleet_file):
@@ -98,10 +104,10 @@ def test_clients_stay_as_they_are_in_a_larger_fleet(fleet_file):
     assert np.array_equal(small.device_of, large.device_of[:7])
     for round_index in (0, 3, 17):
         assert np.array_equal(small.modes(round_index), large.modes(round_index)[:7])
-        for name in ("compute_seconds", "expected_seconds"):
-            small_s = getattr(small, name)(round_index, seven, job)
-            assert np.array_equal(small_s, getattr(large, name)(round_index, seven, job))
-            assert np.array_equal(small_s[some], getattr(large, name)(round_index, some, work(some)))
+        for seconds in (computed, type(small).expected_seconds):
+            small_s = seconds(small, round_index, seven, job)
+            assert np.array_equal(small_s, seconds(large, round_index, seven, job))
+            assert np.array_equal(small_s[some], seconds(large, round_index, some, work(some)))
         for name in ("download_seconds", "upload_seconds"):
             small_s = getattr(small, name)(round_index, seven, job.download_bytes)
             assert np.array_equal(small_s, getattr(large, name)(round_index, seven, job.download_bytes))
@@ -186,9 +192,9 @@ def test_seed_changes_draws_and_profiles_change_time(fleet_file):
         return replace(profile, efficiency_fp32=replace(profile.efficiency_fp32, value=0.25))
 
     slow = load_fleet(fleet_file(clients=40), "fp32", seed=0, perturb=halved)
-    assert np.all(slow.compute_seconds(0, clients, work(clients)) > base.compute_seconds(0, clients, work(clients)))
+    assert np.all(computed(slow, 0, clients) > computed(base, 0, clients))
     half = load_fleet(fleet_file(clients=40), "fp16", seed=0)
-    assert np.all(half.compute_seconds(0, clients, work(clients)) < base.compute_seconds(0, clients, work(clients)))
+    assert np.all(computed(half, 0, clients) < computed(base, 0, clients))
     options = ServerSettings(rounds=2)
     assert play(slow, options)[0].trace_hash != play(base, options)[0].trace_hash
     assert play(base, options)[0] == play(load_fleet(fleet_file(clients=40), "fp32", seed=0), options)[0]
@@ -197,14 +203,14 @@ def test_seed_changes_draws_and_profiles_change_time(fleet_file):
 def test_draws_do_not_depend_on_the_order_of_questions(fleet_file):
     one, two = (load_fleet(fleet_file(clients=20), "fp32", seed=0) for _ in range(2))
     clients = np.arange(20)
-    forward = [one.compute_seconds(r, clients, work(clients)) for r in range(4)]
-    backward = [two.compute_seconds(r, clients[::-1], work(clients))[::-1] for r in reversed(range(4))][::-1]
+    forward = [computed(one, r, clients) for r in range(4)]
+    backward = [computed(two, r, clients[::-1])[::-1] for r in reversed(range(4))][::-1]
     assert np.array_equal(forward, backward)
 
 
 def test_a_zero_time_is_an_error():
     fleet = ToyFleet([1.0, 1.0], [1.0, 0.0], [1.0, 1.0])
-    with pytest.raises(ProfileError, match=r"compute time of client 1 \(toy\) in round 0 is 0.0 s"):
+    with pytest.raises(ProfileError, match=r"compute time of client 1 \(toy\) in flight 0 is 0.0 s"):
         play(fleet, ServerSettings(rounds=1))
     fleet = ToyFleet([1.0, np.nan], [1.0, 1.0], [1.0, 1.0])
     with pytest.raises(ProfileError, match="download time of client 1"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sim_toys import ToyFleet, ToyStrategy, log, play, work
 
 from fedsim.contracts.common import Labels, Outcome
+from fedsim.contracts.flights import Flights
 from fedsim.fleet.fleet import load_fleet
 from fedsim.settings import FleetSettings, ServerSettings
 from fedsim.sim.protocol import SimState
@@ -26,17 +27,24 @@ starts = st.one_of(st.just(0.0), st.floats(0.0, 1e6), st.floats(1e12, 1e17))
 
 
 def both(fleet, options, strategy, start, seed=0):
-    return [play(fleet, options, strategy(), seed, start, client_processes=processes) for processes in (False, True)]
+    return [play(fleet, options, strategy(), seed, start, player=player) for player in ("arrays", "processes")]
+
+
+def packed(flights):
+    columns = [getattr(flights, f.name) for f in fields(flights) if f.name != "work"]
+    return np.stack([*columns, *vars(flights.work).values()])
 
 
 def assert_same(one, other):
-    """Same end, same reports, same trace blocks: names, types and every bit."""
+    """Same end, same arrivals, same trace blocks: names, types and every bit."""
     assert one[0] == other[0]
     assert len(one[1]) == len(other[1]) == len(one[2])
     for left, right in [*zip(one[1], other[1], strict=True), *zip(one[2], other[2], strict=True)]:
         for field in fields(left):
             a, b = getattr(left, field.name), getattr(right, field.name)
             assert type(a) is type(b), field.name
+            if isinstance(a, Flights):
+                a, b = packed(a), packed(b)
             if isinstance(a, Labels):
                 a, b = a.texts, b.texts
             if isinstance(a, np.ndarray):

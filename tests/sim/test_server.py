@@ -134,7 +134,7 @@ def test_exceptions_come_out_unchanged():
             super().__init__("odd")
 
     class Failing(ToyStrategy):
-        def close_round(self, report):
+        def merge(self, arrivals):
             raise OddError(1, 2)
 
     with pytest.raises(OddError):
@@ -143,10 +143,10 @@ def test_exceptions_come_out_unchanged():
 
 def test_a_plan_for_other_clients_is_refused():
     class Other(ToyStrategy):
-        def open_round(self, round_index, clients):
-            return super().open_round(round_index, clients[:-1])
+        def dispatch(self, clients, version, now_s):
+            return super().dispatch(clients[:-1], version, now_s)
 
-    with pytest.raises(ValueError, match="not for round 0"):
+    with pytest.raises(ValueError, match="not those of version 0"):
         play(THREE, ServerSettings(rounds=1), Other())
 
 
@@ -208,8 +208,10 @@ def test_split_at_any_round_gives_the_same_trace(split, seed):
     fleet = ToyFleet(*rng.uniform(0.1, 9.0, (3, 7)), wobble=lambda r, c: 1.0 + ((r * 31 + c * 17) % 11) / 10.0)
     options = ServerSettings(rounds=8, clients_per_round=4, over_selection=0.5, deadline_s=15.0)
     whole, reports, blocks = play(fleet, options, seed=seed)
-    first, _, _ = play(fleet, options.model_copy(update={"rounds": split}), seed=seed) if split else (SimState(), 0, 0)
-    second, later, later_blocks = play(fleet, options, seed=seed, start=first)
+    strategy, first = ToyStrategy(), SimState()  # the strategy goes on, too: it numbers each client's flights
+    if split:
+        first, _, _ = play(fleet, options.model_copy(update={"rounds": split}), strategy, seed=seed)
+    second, later, later_blocks = play(fleet, options, strategy, seed=seed, start=first)
     assert second == whole
     for one, other in zip(reports[split:], later, strict=True):
         for name in ("start_s", "end_s", "clients", "upload_end_s", "bytes_up", "energy_joules"):
@@ -232,4 +234,9 @@ def test_trace_hash_repeats_and_sees_a_change():
 def test_calls_of_the_strategy_alternate():
     strategy = ToyStrategy()
     simulate(THREE, strategy, ServerSettings(rounds=2), 0, lambda *_: None)
-    assert strategy.calls == [("open", 0, [0, 1, 2]), ("close", 0), ("open", 1, [0, 1, 2]), ("close", 1)]
+    assert strategy.calls == [
+        ("dispatch", 0, [0, 1, 2]),
+        ("merge", 0),
+        ("dispatch", 1, [0, 1, 2]),
+        ("merge", 1),
+    ]

@@ -108,7 +108,7 @@ def test_long_run_round_time_of_the_built_in_fleet_is_near_the_slowest_device():
     expected = fleet.expected_seconds(0, everyone, job)
     seconds = [
         fleet.download_seconds(r, everyone, job.download_bytes)
-        + fleet.compute_seconds(r, everyone, job)
+        + fleet.compute_seconds(r, everyone, job, fleet.rates_at(fleet.mode_rows(0, everyone)))
         + fleet.upload_seconds(r, everyone, job.upload_bytes)
         for r in range(400)
     ]

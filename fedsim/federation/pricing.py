@@ -1,4 +1,4 @@
-"""What arms ask of the participants of one round: the method's work in that round, and the download really made."""
+"""What arms demand of the clients of one dispatch: the method's work at that time, and the download really made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedsim.contracts.control import Ask, Work
 from fedsim.federation.broadcast import Broadcast
 
 
-class RoundAsk:
+class FlightAsk:
     """Implements `Ask` for given participants: arguments' first axis is theirs, or 1 for all alike.
 
     Args:

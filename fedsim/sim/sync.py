@@ -1,0 +1,52 @@
+"""The synchronous protocol: a round is one dispatch and one merge.
+
+It closes with the last arrival that it waits for, at its deadline, or when nobody is left at work; what is then still
+under way is given up. Clients are held until the close.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedsim.contracts.common import IntArray
+from fedsim.settings import ServerSettings
+from fedsim.sim.protocol import ServerView, sample_clients
+
+_NOBODY = np.empty(0, dtype=np.int64)
+
+
+class Sync:
+    """Implements `fedsim.sim.protocol.ServerProtocol`.
+
+    Args:
+        seed: the run's root seed, for who takes part.
+    """
+
+    held = True
+
+    def __init__(self, settings: ServerSettings, clients: int, seed: int) -> None:
+        self._settings, self._clients, self._seed = settings, clients, seed
+        self._quota = clients if settings.clients_per_round == "all" else settings.clients_per_round
+
+    def start(self, view: ServerView) -> IntArray:
+        """A round's participants, when no round is under way."""
+        if view.flying or view.waiting:
+            return _NOBODY
+        return sample_clients(self._clients, self._settings, self._seed, view.version)[0]
+
+    def patience(self, view: ServerView) -> int:
+        """All that the round still waits for."""
+        return max(1, self._quota - view.waiting)
+
+    def timer_s(self, view: ServerView) -> float | None:
+        """The deadline."""
+        return None if self._settings.deadline_s is None else view.opened_s + self._settings.deadline_s
+
+    def due(self, view: ServerView) -> int | None:
+        """All that have arrived, once enough have, the deadline is over or nobody is at work."""
+        closed = view.waiting >= self._quota or not view.flying or view.timer_over
+        return view.waiting if closed else None
+
+    def abandon(self, view: ServerView) -> IntArray | None:
+        """Everybody who is still at work."""
+        return None

@@ -1,0 +1,220 @@
+"""Flights on the clock, in columns: what each is about to do, when it did it, and the report of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.contracts.common import FloatArray, IntArray, Outcome
+from fedsim.contracts.flights import Arrivals, Flights, Places
+from fedsim.errors import ProfileError
+from fedsim.fleet.fleet import Fleet
+from fedsim.fleet.link import bytes_moved
+
+PHASES = 3
+"""Download, compute, upload."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trips:
+    """What flights are about to do, shape (F,).
+
+    Attributes:
+        mode_row: which device in which power mode (`Fleet.mode_rows`).
+        download_s, upload_s: how long each transfer takes with the link to itself.
+        compute_s: how long the job takes.
+        fits_memory: False: the client downloads, finds that the job does not fit, and stops.
+    """
+
+    flights: Flights
+    mode_row: IntArray
+    download_s: FloatArray
+    compute_s: FloatArray
+    upload_s: FloatArray
+    fits_memory: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.flights)
+
+    def take(self, places: Places) -> Trips:
+        """Some of them, in the order of `places`."""
+        columns = {one.name: getattr(self, one.name)[places] for one in fields(self) if one.name != "flights"}
+        return Trips(self.flights.take(places), **columns)
+
+    @staticmethod
+    def joined(parts: Sequence[Trips]) -> Trips:
+        """Several, one behind the other; at least one."""
+        if len(parts) == 1:
+            return parts[0]
+        names = [one.name for one in fields(Trips) if one.name != "flights"]
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return Trips(Flights.joined([part.flights for part in parts]), **columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Stamps:
+    """When flights did what, shape (F,); what has not happened is stamped with the present.
+
+    Attributes:
+        phases_done: completed phases out of `PHASES`.
+    """
+
+    download_start_s: FloatArray
+    download_end_s: FloatArray
+    compute_end_s: FloatArray
+    upload_end_s: FloatArray
+    phases_done: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """Flights of which something happened since the last merge: what their trace is written from.
+
+    Attributes:
+        phases_logged: completed phases whose records the trace holds already, shape (F,); -1: nothing yet.
+        late: those that were given up now.
+    """
+
+    trips: Trips
+    stamps: Stamps
+    phases_logged: IntArray
+    late: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Landed:
+    """Flights that a merge ends, by client, then flight; and the moves since the last merge, theirs included."""
+
+    trips: Trips
+    stamps: Stamps
+    moves: Moves
+
+
+class Player(Protocol):
+    """Plays flights on the simulated clock; it knows nothing of rounds.
+
+    Attributes:
+        flying: flights at work.
+        waiting: updates that have arrived and wait to be merged.
+        timer_over: whether the last `advance` came to the time that it was given.
+        idle: mask (clients,) of those that may be sent off.
+    """
+
+    flying: int
+    waiting: int
+    timer_over: bool
+    idle: NDArray[np.bool_]
+
+    @property
+    def now_s(self) -> float:
+        """The simulated clock."""
+
+    def launch(self, trips: Trips) -> None:
+        """Send flights off now."""
+
+    def advance(self, patience: int, timer_s: float | None) -> bool:
+        """Play on until `patience` more updates have arrived, nobody is at work, or the clock shows `timer_s`.
+
+        Everything that happens at that very moment has then happened.
+
+        Returns:
+            False where nothing can happen any more.
+        """
+
+    def land(self, merged: int, given_up: IntArray | None) -> Landed:
+        """End flights: the `merged` updates that arrived first, what did not fit, and what is given up.
+
+        Args:
+            given_up: clients whose flights at work end now; None: all of them.
+        """
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Flights under way as arrays; empty where there are none."""
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Go on from what `state` gave."""
+
+
+def trips_of(fleet: Fleet, flights: Flights, version: int) -> Trips:
+    """All durations of a dispatch at once.
+
+    Raises:
+        ProfileError: a compute time that is not positive and finite, or a transfer time that is negative or not finite.
+    """
+    clients, flight, work = flights.clients, flights.flight, flights.work
+    mode_row = fleet.mode_rows(version, clients)
+    rates = fleet.rates_at(mode_row)
+    down_s = fleet.download_seconds(flight, clients, work.download_bytes)
+    up_s = fleet.upload_seconds(flight, clients, work.upload_bytes)
+    return Trips(
+        flights=flights,
+        mode_row=mode_row,
+        download_s=_checked("download", down_s, fleet, flights),
+        compute_s=_checked("compute", fleet.compute_seconds(flight, clients, work, rates), fleet, flights),
+        upload_s=_checked("upload", up_s, fleet, flights),
+        fits_memory=work.peak_memory_bytes <= rates.usable_memory_bytes,
+    )
+
+
+def arrivals_of(
+    fleet: Fleet, landed: Landed, merge_index: int, start_s: float, end_s: float, *, held: bool
+) -> Arrivals:
+    """What the strategy and the records are told of a merge.
+
+    Energy of a flight = busy power * compute seconds + (idle + radio power) * transfer seconds + idle power * the rest
+    of the time until its client is released [ours]. Energy and bytes of work that was cut short are counted up to the
+    cut.
+
+    Args:
+        held: whether clients are released at the merge only.
+    """
+    trips, stamps = landed.trips, landed.stamps
+    flights, fits, done = trips.flights, trips.fits_memory, stamps.phases_done
+    clients, work = flights.clients, flights.work
+    late = (done < PHASES) & (fits | (done == 0))
+    outcome = np.where(late, Outcome.LATE, np.where(fits, Outcome.OK, Outcome.OUT_OF_MEMORY)).astype(np.int64)
+    download_s = stamps.download_end_s - stamps.download_start_s
+    compute_s = stamps.compute_end_s - stamps.download_end_s
+    upload_s = stamps.upload_end_s - stamps.compute_end_s
+    latency_s = fleet.latency(clients)
+    cut_down = bytes_moved(work.download_bytes, download_s, trips.download_s, latency_s)
+    cut_up = bytes_moved(work.upload_bytes, upload_s, trips.upload_s, latency_s)
+    released_s = np.full(len(trips), end_s) if held else stamps.upload_end_s
+    rates = fleet.rates_at(trips.mode_row)
+    idle_joules = rates.idle_power_watts * ((released_s - flights.dispatch_s) - compute_s)
+    joules = rates.busy_power_watts * compute_s + rates.radio_power_watts * (download_s + upload_s) + idle_joules
+    return Arrivals(
+        merge_index=merge_index,
+        start_s=start_s,
+        end_s=end_s,
+        flights=flights,
+        device=fleet.devices(clients),
+        mode=fleet.modes_at(trips.mode_row),
+        download_start_s=stamps.download_start_s,
+        download_end_s=stamps.download_end_s,
+        compute_end_s=stamps.compute_end_s,
+        upload_end_s=stamps.upload_end_s,
+        released_s=released_s,
+        bytes_down=np.where(done >= 1, work.download_bytes, cut_down),
+        bytes_up=np.where(done == PHASES, work.upload_bytes, np.where(done == 2, cut_up, 0.0)),
+        energy_joules=joules,
+        outcome=outcome,
+    )
+
+
+def _checked(phase: str, seconds: FloatArray, fleet: Fleet, flights: Flights) -> FloatArray:
+    """Refuse a time that would let a run go on with a wrong clock: a job must take time, a transfer may take none."""
+    bad = ~np.isfinite(seconds) | (seconds < 0) | ((phase == "compute") & (seconds == 0))
+    if bad.any():
+        place = int(np.argmax(bad))
+        client = int(flights.clients[place])
+        allowed = "above 0" if phase == "compute" else "at least 0"
+        raise ProfileError(
+            f"the {phase} time of client {client} ({fleet.device_of[client]}) in flight {flights.flight[place]} is "
+            f"{seconds[place]} s (allowed: finite and {allowed})"
+        )
+    return seconds
