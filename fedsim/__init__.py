@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsim.families.family import Family
+    from fedsim.families.family_catalogue import register_family
     from fedsim.learn.export.exported import load_exported
     from fedsim.methods.base import Method
     from fedsim.methods.catalogue import register_method
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from fedsim.sweeps.sweep import Sweep, load_sweep, sweep
 
 __all__ = [
+    "Family",
     "Method",
     "Run",
     "Sweep",
@@ -26,6 +29,7 @@ __all__ = [
     "load",
     "load_exported",
     "load_sweep",
+    "register_family",
     "register_method",
     "run",
     "sweep",
@@ -40,6 +44,8 @@ _HOMES = {
     "Sweep": "fedsim.sweeps.sweep",
     "export_run": "fedsim.study.export_run",
     "load_exported": "fedsim.learn.export.exported",
+    "Family": "fedsim.families.family",
+    "register_family": "fedsim.families.family_catalogue",
     "Method": "fedsim.methods.base",
     "register_method": "fedsim.methods.catalogue",
 }

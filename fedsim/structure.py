@@ -1,10 +1,11 @@
 """What can be pruned from a transformer, counted and masked without any tensor library.
 
-A `ModelShape` gives the widths of a BERT, RoBERTa or LLaMA type encoder or decoder. Two kinds of group can go:
+A `ModelShape` gives the widths of an encoder or decoder of one of `fedsim.families`. Two kinds of group can go:
 
-* a *head group*: one attention head (BERT, RoBERTa), or one key-value head with all the query heads that read it
+* a *head group*: one attention head (encoders), or one key-value head with all the query heads that read it
   (grouped-query attention): its rows of query, key and value and its columns of the attention output;
-* a *channel*: one row of the feed-forward's first projection (gate and up for LLaMA) and one column of its second.
+* a *channel*: one row of the feed-forward's first projection (gate and up where it is gated) and one column
+  of its second.
 
 The *pruning ratio* is removed / all weights of these Linear layers; embeddings, norms, biases and the classifier
 do not count (our reading of FedSpine, arXiv 2501.02438, where the paper does not say).
@@ -13,12 +14,9 @@ do not count (our reading of FedSpine, arXiv 2501.02438, where the paper does no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-Architecture = Literal["bert", "roberta", "llama"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,17 @@ class ModelShape:
 
     Attributes:
         name: how the shape is named in tables.
-        architecture: ``bert``, ``roberta`` (encoder, two-matrix FFN) or ``llama`` (decoder, gated FFN).
+        architecture: name of its family (`fedsim.families.family_catalogue`).
         layers, hidden, heads, kv_heads, head_dim, ffn: block widths; ``kv_heads == heads`` but for grouped queries.
         vocab, positions: rows of the word and of the learned position embeddings (0 for rotary positions).
         labels: outputs of the classifier; 0: there is none, a frozen product with the vocabulary predicts tokens.
-        pooler_width: hidden width of a trained dense layer in the classification head (RoBERTa), else 0.
+        pooler_width: hidden width of a trained dense layer in the classification head, 0 where there is none.
         tied: whether that product with the vocabulary reads the word embeddings instead of weights of its own.
+        gated: whether the FFN has a gate projection beside its up projection.
     """
 
     name: str
-    architecture: Architecture
+    architecture: str
     layers: int
     hidden: int
     heads: int
@@ -48,16 +47,12 @@ class ModelShape:
     labels: int = 2
     pooler_width: int = 0
     tied: bool = False
+    gated: bool = False
 
     @property
     def is_language_model(self) -> bool:
         """Whether the model predicts the next token, and so has no classification head."""
         return self.labels == 0
-
-    @property
-    def gated(self) -> bool:
-        """Whether the FFN has a gate projection beside its up projection."""
-        return self.architecture == "llama"
 
     @property
     def head_groups(self) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fedsim.structure import ModelShape, Structure, achieved_ratio, kept_counts, largest_ratio
 
 ROBERTA = ModelShape("roberta-base", "roberta", 12, 768, 12, 12, 64, 3072, 50265, 514, pooler_width=768)
-LLAMA = ModelShape("grouped", "llama", 3, 64, 8, 2, 8, 96, 100, 0)
+LLAMA = ModelShape("grouped", "llama", 3, 64, 8, 2, 8, 96, 100, 0, gated=True)
 
 
 def test_prunable_weights_are_those_of_the_blocks():

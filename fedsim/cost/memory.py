@@ -14,6 +14,8 @@ from fedsim.cost.bottleneck import bottleneck_saved_values
 from fedsim.cost.setting import BYTES_PER_VALUE, TRAINED_BYTES, KeptSums, StepSetting, embeddings_run
 from fedsim.cost.vocabulary import logits, own_output_weights, saved_logit_bytes
 from fedsim.cost.widths import adapter_weights, block_weights, key_width, query_width, trained_weights
+from fedsim.families.family import Role
+from fedsim.families.family_catalogue import family_of
 from fedsim.structure import ModelShape
 
 # Peak memory (status: derived, two numbers fitted to the published TX2 peaks by fedsim.cost.calibrate).
@@ -95,12 +97,13 @@ def peak_memory_bytes(shape: ModelShape, kept: KeptSums, rank: ArrayLike, settin
 
 
 def _small_weights(shape: ModelShape, kept: KeptSums) -> FloatArray:
-    """Norms and, in encoders, biases."""
-    if shape.gated:
-        return np.asarray(float((2 * kept.layers + 1) * shape.hidden))
-    per_layer = (4 + 2) * shape.hidden
+    """Norms, a decoder's last one too, and biases where the family always has them."""
+    family = family_of(shape)
+    hidden_vectors = family.block.hidden_vectors + len(family.biases & {Role.ATTENTION_OUT, Role.DOWN})
+    heads_wide = len(family.biases & {Role.QUERY}) * query_width(shape)
+    heads_wide += len(family.biases & {Role.KEY, Role.VALUE}) * key_width(shape)
     return (
-        kept.layers * per_layer
-        + kept.heads_all * (query_width(shape) + 2 * key_width(shape))
-        + kept.channels_all * shape.ffn
+        float((kept.layers * hidden_vectors + int(family.causal)) * shape.hidden)
+        + kept.heads_all * heads_wide
+        + kept.channels_all * (len(family.biases & {Role.GATE, Role.UP}) * shape.ffn)
     )

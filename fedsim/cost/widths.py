@@ -9,6 +9,7 @@ from fedsim.contracts.common import FloatArray
 from fedsim.cost.bottleneck import bottleneck_weights
 from fedsim.cost.setting import HEAD_ROLES, KeptSums, StepSetting, embeddings_trained
 from fedsim.cost.vocabulary import own_output_weights
+from fedsim.families.family_catalogue import family_of
 from fedsim.structure import ModelShape
 
 
@@ -85,6 +86,8 @@ def trained_tensors(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> 
         return head + 2 * len(kept.lora_roles) * kept.trained_layers
     if setting.tuning == "adapter":
         return head + 4 * kept.trained_layers
-    embeddings = (1 if shape.gated else 5) if embeddings_trained(shape, setting) else 0
-    # Weights alone and two norms; or weights, biases and two norms of both.
-    return head + embeddings + (9 if shape.gated else 16) * kept.trained_layers
+    family = family_of(shape)
+    # Words alone; or words, positions, perhaps token types, and a norm of two tensors.
+    embeddings = 1 if family.causal else 4 + (family.types != "none") + (family.head_bias is not None)
+    in_block = len(family.linears) + len(family.biases) + family.block.hidden_vectors
+    return head + (embeddings if embeddings_trained(shape, setting) else 0) + in_block * kept.trained_layers

@@ -56,6 +56,7 @@ from fedsim.cost.widths import (
     trained_weights,
     tuned_weights,
 )
+from fedsim.families.family_catalogue import family_of
 from fedsim.structure import ModelShape
 
 __all__ = [
@@ -92,6 +93,8 @@ HEAD_COPY_PASSES = 2
 """Reads and writes that re-order query, key, value and context by heads."""
 SCORE_PASSES = 6
 """Score-sized reads and writes: product out, mask in and out, softmax in and out, value product in."""
+HEAD_BIAS_PASSES = 3
+"""Score-sized reads and writes of a bias by head (MPNet): scores in and out, bias in."""
 ACTIVATION_PASSES = {False: 2, True: 5}
 """FFN-wide reads and writes of the activation function; gated: SiLU (2) and product (3)."""
 BACKWARD_PASS_FACTOR = 1.5
@@ -103,9 +106,11 @@ ADAMW_PASSES = 7
 the published TX2 steps do not show more (see `fedsim.cost.calibrate`)."""
 
 # Kernel launches (status: measured, by counting the operations that PyTorch's eager attention and PEFT dispatch, views
-# apart: 19 and 35 per encoder layer, 42 and 76 per LLaMA layer; each one's cost is an upper bound).
+# apart: 19 and 35 per encoder layer, 42 and 76 per layer of a LLaMA; each one's cost is an upper bound).
 FORWARD_LAUNCHES = {False: 19, True: 42}
 """Per layer, encoder / gated decoder with rotary positions."""
+HEAD_BIAS_LAUNCHES = 1
+"""Per layer, where there is a bias by head: its addition (status: derived)."""
 BACKWARD_LAUNCH_FACTOR = 1.8
 LORA_LAUNCHES_FORWARD = 4
 """Per LoRA'd Linear: down, up, scale, add."""
@@ -146,12 +151,18 @@ def _elementwise_values(
     """Values that norms, activations, head copies and scores move in a forward of `layers` layers."""
     tokens = setting.tokens
     copies = HEAD_COPY_PASSES * 2 * (query_width(shape) + key_width(shape))
-    scores = SCORE_PASSES * shape.heads * setting.seq_len
+    passes = SCORE_PASSES + (0 if family_of(shape).head_bias is None else HEAD_BIAS_PASSES)
+    scores = passes * shape.heads * setting.seq_len
     return tokens * (
         layers * HIDDEN_PASSES * shape.hidden
         + heads * (copies + scores)
         + channels * ACTIVATION_PASSES[shape.gated] * shape.ffn
     )
+
+
+def _layer_launches(shape: ModelShape) -> int:
+    """Of a layer's forward."""
+    return FORWARD_LAUNCHES[shape.gated] + (0 if family_of(shape).head_bias is None else HEAD_BIAS_LAUNCHES)
 
 
 def step_work(
@@ -219,7 +230,7 @@ def _with_forward(shape: ModelShape, kept: KeptSums, setting: StepSetting) -> _C
     # Embedding rows are read, added and normalised: 6 hidden-wide passes. Cached activations are read once.
     entry_passes = 6.0 if embeddings_run(shape, setting) else 1.0
     moved = size * (weights + tokens * (widths + entry_passes * shape.hidden) + elementwise) + output_bytes
-    return _Counts(flops, moved, float(MODEL_LAUNCHES + kept.layers * FORWARD_LAUNCHES[shape.gated]))
+    return _Counts(flops, moved, float(MODEL_LAUNCHES + kept.layers * _layer_launches(shape)))
 
 
 def _with_backward(work: _Counts, shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting) -> _Counts:
@@ -237,7 +248,7 @@ def _with_backward(work: _Counts, shape: ModelShape, kept: KeptSums, rank: Array
     if top and not embeddings:
         entry = shape.hidden * (query_width(shape) + 2 * key_width(shape))
         flops = flops - 2.0 * tokens * entry * kept.heads_lowest
-    launches += OPTIMIZER_LAUNCHES + BACKWARD_LAUNCH_FACTOR * (MODEL_LAUNCHES + top * FORWARD_LAUNCHES[shape.gated])
+    launches += OPTIMIZER_LAUNCHES + BACKWARD_LAUNCH_FACTOR * (MODEL_LAUNCHES + top * _layer_launches(shape))
     if setting.tuning == "lora":
         flops = flops + 3.0 * 2.0 * tokens * lora_weights(shape, kept, rank)
         moved = moved + size * LORA_PASSES * tokens * lora_widths(shape, kept)
@@ -255,7 +266,7 @@ def _with_backward(work: _Counts, shape: ModelShape, kept: KeptSums, rank: Array
         # The trained layers' forward once more; low-rank branches and bottlenecks are too thin to count here.
         flops = flops + linear_flops + score_flops * kept.heads_trained
         moved = moved + size * (weights + tokens * widths + elementwise)
-        launches += top * FORWARD_LAUNCHES[shape.gated]
+        launches += top * _layer_launches(shape)
     return _Counts(flops, moved, launches)
 
 

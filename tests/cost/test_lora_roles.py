@@ -16,7 +16,7 @@ from fedsim.learn.model.linears import Role, group_width, kept_columns, kept_row
 from fedsim.structure import ModelShape, Structure
 
 BASE = load_shape("roberta-base")
-GQA = ModelShape("gqa", "llama", 3, 48, 6, 2, 8, 100, vocab=50, positions=0, labels=3)
+GQA = ModelShape("gqa", "llama", 3, 48, 6, 2, 8, 100, vocab=50, positions=0, labels=3, gated=True)
 QUERY_VALUE = frozenset({"query", "value"})
 
 

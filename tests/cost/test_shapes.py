@@ -17,6 +17,10 @@ STATED_MILLIONS = {
     "minilm": 22.7,
     "tinyllama-1.1b": 1034,  # 1,100 with the output embedding, which a classifier has not
     "llama-7b": 6607,  # 6,738 likewise
+    "distilbert-base": 66,
+    "mpnet-base": 109,
+    "smollm2-135m": 134.5,
+    "qwen2-0.5b": 494,
 }
 
 
@@ -42,7 +46,25 @@ def test_built_in_shape_has_the_stated_size(name):
     assert (shape.prunable_weights + shape.embedding_weights) / 1e6 == pytest.approx(STATED_MILLIONS[name], rel=0.02)
 
 
-def test_only_roberta_has_a_dense_in_its_head():
+def test_tied_shapes_have_every_weight_of_the_published_models():
+    """Blocks, embeddings, norms and biases, one by one: the sums that the checkpoints have."""
+    for name, layers, biases, published in (
+        ("smollm2-135m", 30, 0, 134_515_008),
+        ("qwen2-0.5b", 24, 896 + 2 * 128, 494_032_768),
+    ):
+        shape = load_shape(name, labels=0)
+        assert shape.all_weights + (2 * layers + 1) * shape.hidden + layers * biases == published
+    # Without a pooler; with the 32 x 12 numbers of the table that MPNet looks distances up in.
+    bert_like = (("distilbert-base", 66_362_880, 0), ("mpnet-base", 108_895_872, 384))
+    for name, published, distances in bert_like:
+        shape = load_shape(name)
+        small = shape.layers * (9 * shape.hidden + shape.ffn) + 2 * shape.hidden + distances
+        assert shape.prunable_weights + shape.embedding_weights + small == published
+
+
+def test_who_has_a_dense_layer_in_its_head():
+    for name in ("distilbert-base", "mpnet-base"):
+        assert load_shape(name, labels=3).head_weights == 768 * 769 + 3 * 769
     assert load_shape("roberta-base", labels=3).head_weights == 768 * 769 + 3 * 769
     assert load_shape("bert-base", labels=3).head_weights == 3 * 769
     assert load_shape("llama-7b").pooler_width == 0
@@ -61,7 +83,7 @@ def test_folder_of_bert_ignores_llama_keys(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "t5"}, "model_type 't5'"),
+        ({"model_type": "t5"}, "of type 't5' (allowed types: bert, roberta, distilbert, mpnet, llama, qwen2)"),
         ({"hidden_size": 0}, "hidden_size = 0"),
         ({"intermediate_size": "wide"}, "intermediate_size = 'wide'"),
         ({"num_attention_heads": 7}, "not a multiple"),

@@ -16,7 +16,7 @@ from fedsim.cost.workload import FRAMEWORK_BYTES, MEMORY_GROWTH, StepSetting, st
 from fedsim.errors import ModelError
 from fedsim.structure import ModelShape
 
-LLAMA = ModelShape("x", "llama", 2, 8, 4, 2, 4, 12, vocab=50, positions=0, labels=0)
+LLAMA = ModelShape("x", "llama", 2, 8, 4, 2, 4, 12, vocab=50, positions=0, labels=0, gated=True)
 TUNINGS = pytest.mark.parametrize("tuning", ["inference", "lora", "full"])
 
 
@@ -27,7 +27,7 @@ class Bare(ModelShape):
     head_weights = 0
 
 
-BARE = Bare("x", "llama", 2, 8, 4, 2, 4, 12, vocab=50, positions=0, labels=0)
+BARE = Bare("x", "llama", 2, 8, 4, 2, 4, 12, vocab=50, positions=0, labels=0, gated=True)
 
 
 def both(setting: StepSetting, shape: ModelShape = LLAMA):
@@ -92,7 +92,9 @@ def test_at_tinyllamas_size_the_output_is_a_small_share_of_time_and_a_large_one_
 
 @pytest.mark.parametrize("name", ["bert-base", "roberta-base", "minilm", "tiny"])
 def test_an_encoder_cannot_predict_tokens(name):
-    with pytest.raises(ModelError, match=rf"model '{name}' is of type '(ro)?berta?', an encoder.*LLaMA type"):
+    with pytest.raises(
+        ModelError, match=rf"model '{name}' is of type '(ro)?berta?', an encoder.*allowed types: llama, qwen2"
+    ):
         load_shape(name, labels=0)
 
 

@@ -13,7 +13,7 @@ from fedsim.cost.workload import StepSetting, importance_work, kept_sums, linear
 from fedsim.errors import ConfigError
 from fedsim.structure import ModelShape
 
-LLAMA = ModelShape("gqa", "llama", 3, 48, 6, 2, 8, 100, vocab=50, positions=0, labels=3)
+LLAMA = ModelShape("gqa", "llama", 3, 48, 6, 2, 8, 100, vocab=50, positions=0, labels=3, gated=True)
 ROBERTA = ModelShape("rob", "roberta", 4, 32, 4, 4, 8, 64, vocab=60, positions=20, labels=2, pooler_width=32)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from cohort_toys import SAMPLES, Toy
 from tiny_checkpoints import VOCAB, _tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fedsim.learn.model.backbone import load_backbone
 from fedsim.learn.train.batches import EncodedText
@@ -17,12 +17,14 @@ from fedsim.learn.train.jobs import ClientData
 from fedsim.settings import ModelSettings
 
 
-def save_causal(folder: Path, tied: bool = False, layers: int = 2) -> Path:
+def save_causal(folder: Path, tied: bool = False, layers: int = 2, architecture: str = "llama") -> Path:
     """Weights, config and tokenizer: 4 query heads on 2 key-value heads, norms and biases not at their defaults."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        model = LlamaForCausalLM(
-            LlamaConfig(
+        is_llama = architecture == "llama"
+        config_class, own = (LlamaConfig, {"attention_bias": True}) if is_llama else (Qwen2Config, {})
+        model = (LlamaForCausalLM if is_llama else Qwen2ForCausalLM)(
+            config_class(
                 vocab_size=VOCAB,
                 hidden_size=16,
                 num_hidden_layers=layers,
@@ -31,11 +33,11 @@ def save_causal(folder: Path, tied: bool = False, layers: int = 2) -> Path:
                 intermediate_size=12,
                 max_position_embeddings=40,
                 initializer_range=0.3,
-                attention_bias=True,
                 tie_word_embeddings=tied,
                 bos_token_id=0,
                 eos_token_id=2,
                 pad_token_id=None,
+                **own,
             )
         )
         with torch.no_grad():
@@ -43,7 +45,7 @@ def save_causal(folder: Path, tied: bool = False, layers: int = 2) -> Path:
                 if parameter.ndim == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    _tokenizer("llama").save_pretrained(folder)
+    _tokenizer(architecture).save_pretrained(folder)
     return folder
 
 

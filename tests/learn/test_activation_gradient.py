@@ -10,6 +10,7 @@ import torch
 from cohort_toys import CLIENTS, assert_same_updates, job, rule, toy
 from tiny_checkpoints import ARCHITECTURES
 
+from fedsim.families.family_catalogue import find_family
 from fedsim.learn.model.adapter import initial_adapter, restrict
 from fedsim.learn.model.linears import Role, group_width, prunable_linears
 from fedsim.learn.model.lora import LoraModel
@@ -89,11 +90,11 @@ def test_a_pass_that_was_not_watched_is_refused(make_backbone, padded_batch):
 @pytest.mark.parametrize("where", ["all", "attention", "highest"])
 def test_cohorts_agree_with_the_reference(tiny_folders, architecture, pooling, where):
     """Also where LoRA sits on few Linears, or so high that nothing trained leads to the first inputs."""
-    is_llama = architecture == "llama"
+    paths = {role: path.split(".{}.")[1] for role, path in find_family(architecture).linears.items()}
     targets = {
         "all": "all",
-        "attention": ("q_proj", "v_proj") if is_llama else ("query", "value"),
-        "highest": ("down_proj",) if is_llama else ("output.dense",),
+        "attention": (paths[Role.QUERY], paths[Role.VALUE]),
+        "highest": (paths[Role.DOWN],),
     }[where]
     own = toy(str(tiny_folders[architecture]), pooling, targets=targets)
     full = Structure.full(own.backbone.shape)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoints import ARCHITECTURES, DECODERS
 from transformers import AutoModelForSequenceClassification
 from transformers import logging as transformers_logging
 
@@ -21,7 +22,6 @@ from fedsim.settings import ModelSettings
 from fedsim.structure import Structure, achieved_ratio
 
 CPU = torch.device("cpu")
-ARCHITECTURES = ("bert", "roberta", "llama")
 
 
 def load(folder: Path | str, pooling: str = "native", seed: int = 3, labels: int = 3):
@@ -52,8 +52,13 @@ def test_native_pooling_equals_the_architectures_own_classifier(tiny_folders, pa
         tiny_folders[architecture], num_labels=3, pad_token_id=1
     ).eval()
     head = {name.removeprefix("head."): tensor for name, tensor in backbone.initial_head.items()}
-    module = theirs.score if architecture == "llama" else theirs.classifier
-    module.load_state_dict({k: v for k, v in head.items() if not (architecture == "llama" and k == "bias")})
+    if architecture in DECODERS:
+        theirs.score.load_state_dict({"weight": head["weight"]})
+    elif architecture == "distilbert":
+        theirs.pre_classifier.load_state_dict({"weight": head["dense.weight"], "bias": head["dense.bias"]})
+        theirs.classifier.load_state_dict({"weight": head["out_proj.weight"], "bias": head["out_proj.bias"]})
+    else:
+        theirs.classifier.load_state_dict(head)
     with torch.no_grad():
         torch.testing.assert_close(backbone.model(**padded_batch), theirs(**padded_batch).logits, rtol=1e-5, atol=1e-6)
 
@@ -68,7 +73,7 @@ def test_token_types_matter_for_bert_and_are_ignored_elsewhere(make_backbone, pa
 
 
 def test_dropout_is_off_even_in_training_mode(make_backbone, padded_batch):
-    for architecture in ("bert", "roberta"):  # whose configurations ask for 0.1
+    for architecture in ("bert", "roberta", "distilbert", "mpnet"):  # whose configurations ask for 0.1
         model = make_backbone(architecture).model
         want = model(**padded_batch)
         assert torch.equal(model.train()(**padded_batch), want)
@@ -77,13 +82,14 @@ def test_dropout_is_off_even_in_training_mode(make_backbone, padded_batch):
 def test_shapes(tiny_folders):
     llama = load(tiny_folders["llama"]).shape
     assert (llama.heads, llama.kv_heads, llama.head_groups, llama.positions) == (4, 2, 2, 0)
-    assert load(tiny_folders["roberta"]).shape.pooler_width == 16
+    for architecture in ("roberta", "distilbert", "mpnet"):
+        assert load(tiny_folders[architecture]).shape.pooler_width == 16
     assert load(tiny_folders["roberta"], "mean").shape.pooler_width == 0
     assert achieved_ratio(llama, Structure.full(llama).heads_kept, Structure.full(llama).channels_kept) == 0.0
 
 
 def test_longest_input_runs_and_one_more_does_not(tiny_folders):
-    for architecture in ("bert", "roberta"):
+    for architecture in ("bert", "roberta", "distilbert", "mpnet"):
         backbone = load(tiny_folders[architecture])
         ids = torch.full((1, backbone.max_tokens), 6)
         assert backbone.model(ids, torch.ones_like(ids)).isfinite().all()
@@ -186,7 +192,9 @@ def test_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_folders, tmp_
 
 def test_other_types_and_names_are_refused(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ModelError, match=r"of type 'gpt2' \(allowed types: bert, roberta, llama\)"):
+    with pytest.raises(
+        ModelError, match=r"of type 'gpt2' \(allowed types: bert, roberta, distilbert, mpnet, llama, qwen2\)"
+    ):
         load(tmp_path)
     with pytest.raises(ModelError, match="there is no such folder"):
         load(tmp_path / "nothing")
@@ -215,7 +223,7 @@ def test_minilm():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padding_is_masked_as_the_encoder_itself_would(make_backbone, padded_batch, architecture, attention):
     """The ready floating mask gives what the encoder makes of the two-dimensional one."""
     backbone = make_backbone(architecture, attention=attention, pooling="mean")

@@ -41,6 +41,12 @@ def folders(tmp_path_factory):
     return {tied: str(save_causal(tmp_path_factory.mktemp("causal"), tied)) for tied in (False, True)}
 
 
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """Qwen2: biases on query, key and value; tied, as it is published in small sizes."""
+    return str(save_causal(tmp_path_factory.mktemp("qwen"), tied=True, architecture="qwen2"))
+
+
 @pytest.fixture
 def own(folders) -> Toy:
     return causal_toy(folders[False])
@@ -63,14 +69,15 @@ def mixed_jobs(toy: Toy, **changes) -> list[Job]:
 # -- the two engines --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["own output", "tied output"])
-def test_a_round_equals_the_references(folders, tied):
+@pytest.mark.parametrize("which", ["own output", "tied output", "qwen2"])
+def test_a_round_equals_the_references(folders, qwen, which):
     """Mixed ranks, structures and data sizes, importance each step and a cut in mid-job; both forms."""
-    own = causal_toy(folders[tied])
+    own = causal_toy(qwen if which == "qwen2" else folders[which == "tied output"])
     jobs = mixed_jobs(own)
     want = own.reference(rule()).train(jobs)
     assert not all(update.structure.same_as(one.start) for update, one in zip(want, jobs, strict=True))
-    assert all(update.loss_after < update.loss_before for update in want[2:4])
+    learned = [update.loss_after < update.loss_before for update in want]
+    assert any(learned) if which == "qwen2" else all(learned[2:4])
     for sliced in (False, True):
         assert_same_updates(own.cohort(rule(), sliced).train(jobs), want, **TIGHT)
 
@@ -245,9 +252,9 @@ def load(folder) -> object:
     return load_backbone(ModelSettings(name=str(folder)), 0, seed=3, device=CPU)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.parametrize("architecture", ["bert", "roberta", "distilbert", "mpnet"])
 def test_an_encoder_is_refused(tiny_folders, architecture):
-    with pytest.raises(ModelError, match=rf"of type '{architecture}', an encoder, but .*'causal_lm' needs a decoder"):
+    with pytest.raises(ModelError, match=rf"of type '{architecture}', an encoder, and .*'causal_lm' needs a decoder"):
         load(tiny_folders[architecture])
 
 

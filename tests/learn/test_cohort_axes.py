@@ -108,7 +108,9 @@ def test_axes_are_shared_where_clients_are_alike():
 @pytest.mark.parametrize("architecture", ["bert", "llama"])
 def test_widths_keep_the_features_that_slicing_keeps(architecture):
     """Against `kept_rows` and `kept_columns`, which the reference engine slices by; grouped queries included."""
-    shape = ModelShape("toy", architecture, 2, 8, 4, 2 if architecture == "llama" else 4, 2, 6, 10, 0)
+    shape = ModelShape(
+        "toy", architecture, 2, 8, 4, 2 if architecture == "llama" else 4, 2, 6, 10, 0, gated=architecture == "llama"
+    )
     draw, structures = np.random.default_rng(0), []
     for _ in range(3):
         heads = nonempty(draw.random((2, shape.head_groups)) < 0.5)

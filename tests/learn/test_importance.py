@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_checkpoints import ARCHITECTURES
 
 from fedsim.errors import ConfigError
 from fedsim.learn.model.adapter import initial_adapter, restrict
@@ -24,7 +25,6 @@ from fedsim.learn.train.importance import (
 )
 from fedsim.structure import Structure
 
-ARCHITECTURES = ("bert", "roberta", "llama")
 SCALE = 1.5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_checkpoints import ARCHITECTURES
 
 from fedsim.errors import ConfigError
 from fedsim.learn.model.adapter import Adapter, initial_adapter, restrict
@@ -13,8 +14,6 @@ from fedsim.learn.model.linears import Role, kept_columns, kept_rows, prunable_l
 from fedsim.learn.model.lora import LoraModel
 from fedsim.settings import ModelSettings
 from fedsim.structure import Structure
-
-ARCHITECTURES = ("bert", "roberta", "llama")
 
 
 def random_adapter(backbone, rank: int, seed: int = 0) -> Adapter:

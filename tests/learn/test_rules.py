@@ -15,7 +15,7 @@ from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure, kept_counts
 
 SHAPE = ModelShape("small", "roberta", 2, 24, 4, 4, 6, 40, 10, 8)
-GROUPED = ModelShape("grouped", "llama", 1, 8, 4, 2, 2, 5, 10, 0)
+GROUPED = ModelShape("grouped", "llama", 1, 8, 4, 2, 2, 5, 10, 0, gated=True)
 C, RANK_MAX = 2.0, 6
 RULES = ("zero_pad", "hetlora", "flexlora", "stack")
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_checkpoints import ARCHITECTURES
 
 from fedsim.learn.model.linears import prunable_linears
 from fedsim.learn.model.slicing import apply_structure
 from fedsim.structure import ModelShape, Structure
-
-ARCHITECTURES = ("bert", "roberta", "llama")
 
 
 def weights_in_memory(backbone) -> int:

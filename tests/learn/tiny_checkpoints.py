@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of each architecture, with tokenizers, and a padded batch: for tests of the learner."""
+"""Tiny random checkpoints of each family, with tokenizers, and a padded batch: for tests of the learner."""
 
 from __future__ import annotations
 
@@ -9,53 +9,71 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaModel,
-)
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-ARCHITECTURES = ("bert", "roberta", "llama")
+from fedsim.families.family_catalogue import family_names, find_family
+
+ARCHITECTURES = ("bert", "roberta", "distilbert", "mpnet", "llama", "qwen2")
+DECODERS = family_names(causal=True)
 VOCAB = 60
-_SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_attention_heads": 4,
-    "intermediate_size": 12,
-    "max_position_embeddings": 40,
-    "initializer_range": 0.3,
-}
 
 
-def _tokenizer(architecture: str) -> PreTrainedTokenizerFast:
+def _tokenizer(architecture: str) -> PreTrainedTokenizerBase:
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    if architecture == "qwen2":  # the library reads a folder of this type with its own tokenizer, whatever it says
+        pieces = [*specials, "w", "\u0120", "\u0120w", *"0123456789"]
+        pieces += [f"filler{i}" for i in range(VOCAB - len(pieces))]
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        vocab = {piece: place for place, piece in enumerate(pieces)}
+        return Qwen2Tokenizer(vocab=vocab, merges=[("\u0120", "w")], **names)
     vocab = {word: place for place, word in enumerate(specials + [f"w{i}" for i in range(VOCAB - len(specials))])}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     ends = [("<s>", 0), ("</s>", 2)]
     core.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B </s>", ends)
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    if architecture != "llama":
+    if architecture not in DECODERS:
         names |= {"pad_token": "<pad>", "cls_token": "<s>", "sep_token": "</s>", "mask_token": "<mask>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
+_OWN = {
+    "bert": {"pad_token_id": 1},
+    "roberta": {"pad_token_id": 1, "type_vocab_size": 1},
+    "distilbert": {"pad_token_id": 1},
+    "mpnet": {"pad_token_id": 0},  # it counts positions from token 1 on all the same
+    "llama": {"num_key_value_heads": 2, "pad_token_id": None, "attention_bias": True},
+}
+"""What a family's configuration has besides its widths; of another decoder, LLaMA's but for `attention_bias`."""
+
+
+def tiny_config(architecture: str, layers: int) -> Any:
+    """Widths 16, 4 heads, 12 channels; a decoder has 2 key-value heads."""
+    family = find_family(architecture)
+    assert family is not None
+    keys = family.keys
+    sizes = {
+        keys.vocab: VOCAB,
+        keys.hidden: 16,
+        keys.heads: 4,
+        keys.ffn: 12,
+        keys.positions: 40,
+        keys.layers: layers,
+        "initializer_range": 0.3,
+    }
+    own = _OWN.get(architecture, {"num_key_value_heads": 2, "pad_token_id": None})
+    return getattr(transformers, f"{family.title}Config")(**sizes, **own)
+
+
 def _random_model(architecture: str, layers: int, **options: Any) -> Any:
-    sizes = {**_SIZES, "num_hidden_layers": layers}
-    if architecture == "bert":
-        return BertModel(BertConfig(pad_token_id=1, **sizes), **options)
-    if architecture == "roberta":
-        return RobertaModel(RobertaConfig(pad_token_id=1, type_vocab_size=1, **sizes), **options)
-    return LlamaModel(LlamaConfig(num_key_value_heads=2, pad_token_id=None, attention_bias=True, **sizes))
+    config = tiny_config(architecture, layers)
+    return getattr(transformers, type(config).__name__.replace("Config", "Model"))(config, **options)
 
 
 def save_tiny(architecture: str, folder: Path, layers: int = 2, **options: Any) -> Path:
-    """Write weights, config and tokenizer to `folder`. LLaMA has 4 query heads on 2 key-value heads."""
+    """Write weights, config and tokenizer to `folder`. Decoders have 4 query heads on 2 key-value heads."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         model = _random_model(architecture, layers, **options)

@@ -14,7 +14,7 @@ from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape, Structure
 
 ENCODER = ModelShape("small", "bert", 2, 6, 3, 3, 2, 7, 10, 8)
-GROUPED = ModelShape("grouped", "llama", 1, 8, 4, 2, 2, 5, 10, 0)
+GROUPED = ModelShape("grouped", "llama", 1, 8, 4, 2, 2, 5, 10, 0, gated=True)
 C = 2.0
 
 

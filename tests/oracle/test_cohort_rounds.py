@@ -62,6 +62,11 @@ SCENARIOS = {
         "bert",
         {"method": "fedlora", "model.pooling": "mean", "aggregate.rule": "lowrank"},
     ),
+    "distilbert, own structures": ("distilbert", {}),
+    "mpnet, own structures": ("mpnet", {"prune.reversible": True}),
+    "mpnet, one mask, all tokens": ("mpnet", {"model.pooling": "mean", "prune.structure": "common"}),
+    "mpnet, no pruning": ("mpnet", {"method": "fedlora", "aggregate.rule": "lowrank"}),
+    "qwen2, unequal layers": ("qwen2", {"prune.selection": "global"}),
 }
 
 

@@ -6,38 +6,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+from transformers import PreTrainedTokenizerFast
 
+from fedsim.families.family_catalogue import family_of
 from fedsim.structure import ModelShape
 
 _WORDS = 100
 
 
 def write_random_model(shape: ModelShape, folder: Path) -> Path:
-    """Write config, random weights and a word-level tokenizer of a BERT or RoBERTa shape.
-
-    Raises:
-        ValueError: a shape of another architecture.
-    """
+    """Write config, random weights and a word-level tokenizer of a shape of any family."""
+    family = family_of(shape)
+    keys = family.keys
     sizes: dict[str, Any] = {
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "intermediate_size": shape.ffn,
-        "max_position_embeddings": shape.positions,
+        keys.vocab: shape.vocab,
+        keys.hidden: shape.hidden,
+        keys.layers: shape.layers,
+        keys.heads: shape.heads,
+        keys.ffn: shape.ffn,
         "pad_token_id": 1,
     }
-    model: BertModel | RobertaModel
+    if family.causal:
+        sizes |= {keys.kv_heads: shape.kv_heads, "tie_word_embeddings": shape.tied}
+    else:
+        sizes[keys.positions] = shape.positions
+    if family.types == "ignored":
+        sizes["type_vocab_size"] = 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # any values will do, the same each time
-        if shape.architecture == "bert":
-            model = BertModel(BertConfig(**sizes))
-        elif shape.architecture == "roberta":
-            model = RobertaModel(RobertaConfig(type_vocab_size=1, **sizes))
-        else:
-            raise ValueError(f"no random model of architecture '{shape.architecture}' (allowed: bert, roberta)")
+        config = getattr(transformers, f"{family.title}Config")(**sizes)
+        model = getattr(transformers, f"{family.title}Model")(config)
     model.save_pretrained(folder)
     specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     words = specials + [f"w{place}" for place in range(min(_WORDS, shape.vocab - len(specials)))]

@@ -29,24 +29,32 @@ class PackRule:
     Attributes:
         pooling: ``first`` token, ``last`` token, or ``mean`` of the tokens; ``next``: no pooling, every token before a
             token of a response is read by itself.
-        first_position: number of a sentence's first position (RoBERTa counts from its padding token on).
-        pad_token: id on empty places; in RoBERTa a token with this id does not count as a position.
+        first_position: number of a sentence's first position (RoBERTa and MPNet count from their padding token
+            on).
+        pad_token: id on empty places; where positions count from it, a token with this id does not count as one.
         length_step: attention takes sentences together whose lengths, rounded up to this, are equal.
+        owners: whether attention must know whose each sentence is.
     """
 
     pooling: str
     first_position: int
     pad_token: int
     length_step: int
+    owners: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Sentences that attention takes together: how many, the longest, and an additive mask of padding, if any."""
+    """Sentences that attention takes together: how many, the longest, and an additive mask of padding, if any.
+
+    Attributes:
+        owners: each sentence's client, ``(sentences,)``; None where `PackRule.owners` does not ask for them.
+    """
 
     sentences: int
     length: int
     padding: torch.Tensor | None
+    owners: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +153,7 @@ def pack(
         read_to_buckets = flat_slot[order]
 
     put = _Sender(device, dtype)
+    sentence_owners = np.split(owner[order], np.cumsum([count for count, _, _ in buckets])[:-1])
     return PackedBatch(
         clients=clients,
         tokens=tokens,
@@ -154,7 +163,10 @@ def pack(
         token_type_ids=None if types is None else put.tensor(types[None]),
         labels=put.tensor(labels.reshape(clients, slots)),
         weights=put.tensor(weights.reshape(clients, slots)),
-        buckets=tuple(Bucket(count, longest, put.padding(lens, longest)) for count, longest, lens in buckets),
+        buckets=tuple(
+            Bucket(count, longest, put.padding(lens, longest), put.tensor(owners) if rule.owners else None)
+            for (count, longest, lens), owners in zip(buckets, sentence_owners, strict=True)
+        ),
         to_buckets=put.row_map(to_buckets, rows),
         readout=None if readout is None else put.row_map(readout, rows, keep_identity=True),
         readout_to_buckets=None if read_to_buckets is None else put.row_map(read_to_buckets, clients * slots),
@@ -184,7 +196,7 @@ def _next_tokens(text: EncodedText, chosen: IntArray, start: IntArray) -> _Score
 
 
 def _positions(ids: NDArray[np.int32], rule: PackRule) -> Positions:
-    """Position numbers, as the architecture counts them."""
+    """Position numbers, as the family counts them."""
     if rule.first_position == 0:
         return np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
     counted = ids != rule.pad_token

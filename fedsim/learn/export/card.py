@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fedsim.structure import Architecture
+from fedsim.errors import ModelError
+from fedsim.families.family import Family
+from fedsim.families.family_catalogue import find_family
 
 Format = Literal["dense", "sliced"]
 FORMATS: tuple[Format, ...] = ("dense", "sliced")
@@ -17,6 +19,7 @@ class ExportFacts:
 
     Attributes:
         whose: one line, such as "client 3" or "consensus".
+        architecture: name of the backbone's family.
         format, merged: how it is written; merged: the LoRA is added to the weights and there is no adapter folder.
         pooling: ``native`` or ``mean``.
         label_names: classes in the order of the logits; none for a language model.
@@ -30,7 +33,7 @@ class ExportFacts:
     whose: str
     format: Format
     merged: bool
-    architecture: Architecture
+    architecture: str
     pooling: str
     label_names: tuple[str, ...]
     max_length: int
@@ -43,18 +46,25 @@ class ExportFacts:
     run: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def family(self) -> Family:
+        """The backbone's family. Raises ModelError where it is unknown here."""
+        family = find_family(self.architecture)
+        if family is None:
+            raise ModelError(f"the backbone is of type '{self.architecture}', which is not a known family")
+        return family
+
+    @property
     def is_language_model(self) -> bool:
         """Whether it predicts the next token, by the base model's own output."""
         return not self.label_names
 
     @property
     def has_plain_classifier(self) -> bool:
-        """Whether the library's own sequence classifier has our head's form: BERT and RoBERTa with native pooling.
+        """Whether the library's own sequence classifier has our head's form: encoders with native pooling.
 
-        BERT: pooler, then linear. RoBERTa: dense, tanh, projection of the first token. LLaMA's has no bias, and finds
-        the last token by the padding token instead of the mask.
+        A decoder's has no bias, and finds the last token by the padding token instead of the mask.
         """
-        return not self.is_language_model and self.pooling == "native" and self.architecture != "llama"
+        return not self.is_language_model and self.pooling == "native" and self.family.classifier is not None
 
     @property
     def is_plain(self) -> bool:
@@ -117,7 +127,7 @@ def loading_code(facts: ExportFacts) -> str:
     lines.append(f"from transformers import {auto}, AutoTokenizer")
     if facts.format == "sliced":
         lines.append("import fedsim.learn.export.exported  # registers the small shapes")
-    types = "" if facts.architecture == "bert" else ", return_token_type_ids=False"
+    types = "" if facts.family.types == "read" else ", return_token_type_ids=False"
     lines += [
         "",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
@@ -132,7 +142,7 @@ def loading_code(facts: ExportFacts) -> str:
             lines.append('PeftModel.from_pretrained(model.base_model, f"{folder}/adapter")  # into the model, in place')
         lines += ["with torch.no_grad():", "    logits = model.eval()(**inputs).logits"]
         return "\n".join(lines) + "\n"
-    options = "" if facts.architecture == "llama" else ", add_pooling_layer=False"
+    options = ", add_pooling_layer=False" if facts.family.pooler_option else ""
     lines.append(f"model = AutoModel.from_pretrained(folder{options})")
     if not facts.merged:
         lines.append('model = PeftModel.from_pretrained(model, f"{folder}/adapter")')

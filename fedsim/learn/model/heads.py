@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedsim.structure import Architecture, ModelShape
+from fedsim.families.family import Activation, Family
+from fedsim.families.family_catalogue import family_of
+from fedsim.structure import ModelShape
 
 HEAD_STD = 0.02
 """Standard deviation of the head's initial weights, as in BERT (arXiv 1810.04805)."""
 
 
-class _TokenHead(nn.Module):
-    """RoBERTa's head: dense, tanh, projection (dropout 0)."""
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": nn.functional.gelu,
+}
+"""Between the layers of a head, by the family's word for it."""
 
-    def __init__(self, width: int, labels: int) -> None:
+
+class _TokenHead(nn.Module):
+    """RoBERTa's form of head: dense, activation, projection (dropout 0)."""
+
+    def __init__(self, width: int, labels: int, activation: Activation) -> None:
         super().__init__()
+        self._activation = ACTIVATIONS[activation]
         self.dense = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, labels)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Vectors ``(batch, width)`` to logits ``(batch, labels)``."""
-        return self.out_proj(torch.tanh(self.dense(features)))
+        return self.out_proj(self._activation(self.dense(features)))
 
 
 def make_head(shape: ModelShape, pooling: str) -> nn.Module:
-    """The head of an architecture; with ``mean`` pooling always one linear layer. Its parameters are unset yet."""
-    if shape.architecture == "roberta" and pooling == "native":
-        return _TokenHead(shape.hidden, shape.labels)
+    """The head of a family; with ``mean`` pooling always one linear layer. Its parameters are unset yet."""
+    dense = family_of(shape).dense
+    if dense is not None and pooling == "native":
+        return _TokenHead(shape.hidden, shape.labels, dense)
     return nn.Linear(shape.hidden, shape.labels)
 
 
@@ -46,11 +59,11 @@ def _additive_mask(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Te
 class SentenceClassifier(nn.Module):
     """Encoder, pooling, head. `pooling` is ``native`` or ``mean``."""
 
-    def __init__(self, encoder: nn.Module, head: nn.Module, architecture: Architecture, pooling: str) -> None:
+    def __init__(self, encoder: nn.Module, head: nn.Module, family: Family, pooling: str) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = head
-        self._architecture = architecture
+        self._family = family
         self._pooling = pooling
 
     def forward(
@@ -59,14 +72,14 @@ class SentenceClassifier(nn.Module):
         """Integer tensors of shape ``(batch, tokens)`` to logits ``(batch, labels)``.
 
         The mask is two-dimensional, 1 for a token and 0 for padding; every row has a token. `token_type_ids` is used
-        by BERT only.
+        only where the family reads token types.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self._architecture != "llama":
+        if not self._family.causal:
             inputs["attention_mask"] = _additive_mask(attention_mask, next(self.head.parameters()).dtype)
-        if self._architecture == "bert" and token_type_ids is not None:
+        if self._family.types == "read" and token_type_ids is not None:
             inputs["token_type_ids"] = token_type_ids
-        options = {"use_cache": False} if self._architecture == "llama" else {}
+        options = {"use_cache": False} if self._family.causal else {}
         output = self.encoder(**inputs, **options)
         return self.head(self._pool(output, attention_mask))
 
@@ -75,9 +88,9 @@ class SentenceClassifier(nn.Module):
         if self._pooling == "mean":
             weights = attention_mask.to(tokens.dtype).unsqueeze(-1)
             return (tokens * weights).sum(dim=1) / weights.sum(dim=1)
-        if self._architecture == "bert":
+        if self._family.pooled == "pooler":
             return output.pooler_output  # type: ignore[attr-defined]
-        if self._architecture == "roberta":
+        if self._family.pooled == "first":
             return tokens[:, 0]
         places = torch.arange(tokens.shape[1], device=tokens.device)
         last = (attention_mask * places).argmax(dim=1)

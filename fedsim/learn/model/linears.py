@@ -1,37 +1,26 @@
-"""The prunable Linear layers of each architecture: their names, and which rows and columns a structure keeps.
+"""The prunable Linear layers of a model: their names, and which rows and columns a structure keeps.
 
 No tensor library here: names and index arrays only. Names are module paths inside the base encoder or decoder of the
-Hugging Face model (``BertModel``, ``RobertaModel``, ``LlamaModel``), whole paths, never patterns: the suffix
-``output.dense`` would also match ``attention.output.dense``.
+Hugging Face model, as its family gives them, whole paths, never patterns: the suffix ``output.dense`` would also match
+``attention.output.dense``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import ConfigError, unknown
+from fedsim.families.family import Role
+from fedsim.families.family_catalogue import family_of
 from fedsim.structure import ModelShape, Structure
 
 Targets = Literal["all"] | Sequence[str]
 """Which Linears carry LoRA: see `target_linears`."""
-
-
-class Role(StrEnum):
-    """What a prunable Linear does in its block."""
-
-    QUERY = "query"
-    KEY = "key"
-    VALUE = "value"
-    ATTENTION_OUT = "attention_out"
-    GATE = "gate"
-    UP = "up"
-    DOWN = "down"
 
 
 HEAD_ROLES = (Role.QUERY, Role.KEY, Role.VALUE, Role.ATTENTION_OUT)
@@ -52,28 +41,11 @@ class PrunableLinear:
     d_in: int
 
 
-_ENCODER_PATHS = {
-    Role.QUERY: "encoder.layer.{}.attention.self.query",
-    Role.KEY: "encoder.layer.{}.attention.self.key",
-    Role.VALUE: "encoder.layer.{}.attention.self.value",
-    Role.ATTENTION_OUT: "encoder.layer.{}.attention.output.dense",
-    Role.UP: "encoder.layer.{}.intermediate.dense",
-    Role.DOWN: "encoder.layer.{}.output.dense",
-}
-_LLAMA_PATHS = {
-    Role.QUERY: "layers.{}.self_attn.q_proj",
-    Role.KEY: "layers.{}.self_attn.k_proj",
-    Role.VALUE: "layers.{}.self_attn.v_proj",
-    Role.ATTENTION_OUT: "layers.{}.self_attn.o_proj",
-    Role.GATE: "layers.{}.mlp.gate_proj",
-    Role.UP: "layers.{}.mlp.up_proj",
-    Role.DOWN: "layers.{}.mlp.down_proj",
-}
-
-
 def prunable_linears(shape: ModelShape) -> tuple[PrunableLinear, ...]:
     """All prunable Linear layers of a model, in block order."""
-    paths = _LLAMA_PATHS if shape.architecture == "llama" else _ENCODER_PATHS
+    family = family_of(shape)
+    if family.gated != shape.gated:
+        raise ValueError(f"shape '{shape.name}' is {'' if shape.gated else 'not '}gated, unlike '{family.name}'")
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = {
         Role.QUERY: (queries, shape.hidden),
@@ -87,7 +59,7 @@ def prunable_linears(shape: ModelShape) -> tuple[PrunableLinear, ...]:
     return tuple(
         PrunableLinear(path.format(layer), layer, role, *sizes[role])
         for layer in range(shape.layers)
-        for role, path in paths.items()
+        for role, path in family.linears.items()
     )
 
 

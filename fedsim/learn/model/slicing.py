@@ -1,8 +1,9 @@
 """Real structured pruning: the prunable Linears of one shared backbone swapped for physically smaller ones, and back.
 
-Attention of the three architectures derives its number of heads from the width of the query, key and value outputs
+Attention in the library derives its number of heads from the width of the query, key and value outputs
 (``view(..., -1, head_dim)``), and the repetition of key-value heads from a constant ratio, so that slicing whole head
-groups needs no other change. The unpruned weights stay in memory once, as references in `Backbone.full_weights`.
+groups needs no other change, but for a bias by head (`fedsim.learn.model.head_bias`). The unpruned weights stay in
+memory once, as references in `Backbone.full_weights`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsim.learn.model.backbone import Backbone, FullWeights
+from fedsim.learn.model.head_bias import keep_heads
 from fedsim.learn.model.linears import PrunableLinear, kept_columns, kept_rows, prunable_linears
 from fedsim.structure import Structure
 
@@ -78,5 +80,6 @@ def apply_structure(backbone: Backbone, structure: Structure, merged: Mapping[st
     for linear in prunable_linears(backbone.shape):
         module = backbone.linears[linear.name]
         module.weight, bias = sliced_weights(backbone, linear, structure, (merged or {}).get(linear.name))
-        module.bias = bias  # type: ignore[assignment]  # None where the architecture has no biases
+        module.bias = bias  # type: ignore[assignment]  # None where the Linear has no bias
         module.out_features, module.in_features = module.weight.shape
+    keep_heads(backbone.encoder, backbone.shape, structure)

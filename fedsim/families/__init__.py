@@ -1,0 +1,1 @@
+"""Backbone families: what is known of each kind of transformer, one file per family, without any tensor library."""
