@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,11 @@ from fedsim.cost.device import parse_profile
 from fedsim.cost.fit_device import DeviceFit, fit_device, profile_content
 from fedsim.cost.measurements import Measurement, read_measurements
 from fedsim.cost.setting import StepSetting, Tuning
+from fedsim.cost.shapes import load_shape
 from fedsim.errors import ConfigError
 from fedsim.files import atomic_write_text
-from fedsim.structure import ModelShape
 
-SHAPE = ModelShape("bert-base, 4 layers", "bert", 4, 768, 12, 12, 64, 3072, vocab=2048, positions=0)
+SHAPE = replace(load_shape("bert-base"), name="bert-base, 4 layers", layers=4, vocab=2048, positions=0)
 """Of BERT's widths, so that products are as large as they will be, and shallow, so that it takes minutes."""
 
 
