@@ -24,7 +24,7 @@ class ArrayPlayer:
 
     def __init__(self, clients: int, now_s: float) -> None:
         self._now_s = now_s
-        self.flying = self.waiting = 0
+        self.flying = self.waiting = self.stopped = 0
         self.timer_over = False
         self.idle: NDArray[np.bool_] = np.ones(clients, dtype=bool)
         self._trips: Trips | None = None
@@ -65,6 +65,7 @@ class ArrayPlayer:
         ended = end_s <= self._now_s
         self.flying = int(np.count_nonzero(~ended))
         self.waiting = int(np.count_nonzero(ended & fits))
+        self.stopped = int(np.count_nonzero(ended & ~fits))
         return True
 
     def land(self, merged: int, given_up: IntArray | None) -> Landed:
@@ -84,7 +85,7 @@ class ArrayPlayer:
         )
         late = (stamps.phases_done < PHASES) & (fits | (stamps.phases_done == 0))
         moves = Moves(trips, stamps, np.full(len(trips), -1), late)
-        self._trips, self.flying, self.waiting, self.timer_over = None, 0, 0, False
+        self._trips, self.flying, self.waiting, self.stopped, self.timer_over = None, 0, 0, 0, False
         self.idle[trips.flights.clients] = True
         return Landed(trips, stamps, moves)
 

@@ -146,6 +146,11 @@ class ProcessPlayer:
         self._timer_s = math.nan
 
     @property
+    def stopped(self) -> int:
+        """Flights that ended without an update since the last merge."""
+        return len(self._stopped)
+
+    @property
     def now_s(self) -> float:
         """The simulated clock."""
         return float(self._clock.now)
@@ -201,7 +206,9 @@ class ProcessPlayer:
         if len(touched) == len(landed) and all(trip.gone or trip.phase >= ARRIVED for trip in touched):
             moves_of, moving, moved = landed, trips, stamps
         else:
-            moves_of, moving, moved = touched, _columns(touched), self._stamps(touched)
+            # None where all that lands now moved before the last merge: updates that arrived at one moment.
+            moving = _columns(touched) if touched else trips.take(np.empty(0, dtype=np.int64))
+            moves_of, moved = touched, self._stamps(touched)
         moves = Moves(
             moving,
             moved,

@@ -50,6 +50,10 @@ class ServerView(Protocol):
         """Updates that have arrived and wait to be merged."""
 
     @property
+    def stopped(self) -> int:
+        """Flights that ended without an update since the last merge: their job did not fit in memory."""
+
+    @property
     def timer_over(self) -> bool:
         """Whether the clock has come to `ServerProtocol.timer_s`."""
 

@@ -96,6 +96,11 @@ class Server:
         return self._player.waiting
 
     @property
+    def stopped(self) -> int:
+        """Flights that ended without an update since the last merge."""
+        return self._player.stopped
+
+    @property
     def timer_over(self) -> bool:
         """Whether the protocol's timer is over."""
         return self._player.timer_over
@@ -112,15 +117,14 @@ class Server:
         protocol, player = self._protocol, self._player
         while not finished(self._settings, self._state):
             log_modes(self._trace, self._fleet, self.version, self.now_s)
-            self._send_off()
+            # What is due is merged before anybody is sent off: who flies now takes all that has arrived along.
             while (merged := protocol.due(self)) is None:
+                self._send_off()
                 if not player.advance(protocol.patience(self), protocol.timer_s(self)):
                     raise RunError(
                         f"nothing can happen any more at {self.now_s:g} simulated s: no client is at work, and the "
                         f"server's protocol sends nobody off (merge {self.version} of {self._settings.rounds})"
                     )
-                if protocol.due(self) is None:
-                    self._send_off()
             self._merge(merged)
         return self._state
 

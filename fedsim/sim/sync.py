@@ -15,6 +15,11 @@ from fedsim.sim.protocol import ServerView, sample_clients
 _NOBODY = np.empty(0, dtype=np.int64)
 
 
+def _is_open(view: ServerView) -> bool:
+    """Whether a round is under way."""
+    return view.flying + view.waiting + view.stopped > 0
+
+
 class Sync:
     """Implements `fedsim.sim.protocol.ServerProtocol`.
 
@@ -30,7 +35,7 @@ class Sync:
 
     def start(self, view: ServerView) -> IntArray:
         """A round's participants, when no round is under way."""
-        if view.flying or view.waiting:
+        if _is_open(view):
             return _NOBODY
         return sample_clients(self._clients, self._settings, self._seed, view.version)[0]
 
@@ -45,7 +50,7 @@ class Sync:
     def due(self, view: ServerView) -> int | None:
         """All that have arrived, once enough have, the deadline is over or nobody is at work."""
         closed = view.waiting >= self._quota or not view.flying or view.timer_over
-        return view.waiting if closed else None
+        return view.waiting if _is_open(view) and closed else None
 
     def abandon(self, view: ServerView) -> IntArray | None:
         """Everybody who is still at work."""

@@ -110,6 +110,10 @@ class Player(Protocol):
     idle: NDArray[np.bool_]
 
     @property
+    def stopped(self) -> int:
+        """Flights that ended without an update since the last `land`."""
+
+    @property
     def now_s(self) -> float:
         """The simulated clock."""
 
