@@ -1,7 +1,8 @@
 """fedsim: federated fine-tuning with real learning on simulated devices.
 
 ``fedsim.run(config, **overrides)``, ``fedsim.load(directory)``, ``fedsim.sweep(config, grid=..., seeds=...)``,
-``fedsim.load_sweep(directory)`` and ``fedsim.register_method(name, method)`` are the Python interface.
+``fedsim.load_sweep(directory)`` are the Python interface; ``fedsim.register_method``, ``register_policy``,
+``register_selection``, ``register_rule``, ``register_criterion`` and ``register_objective`` take parts of your own.
 Importing the package loads none of the heavy libraries; the first call does.
 """
 
@@ -10,8 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsim.control.client_selection import register_selection
+    from fedsim.control.policies import register_policy
     from fedsim.families.family import Family
     from fedsim.families.family_catalogue import register_family
+    from fedsim.learn.entries import register_criterion, register_objective, register_rule
     from fedsim.learn.export.exported import load_exported
     from fedsim.methods.base import Method
     from fedsim.methods.catalogue import register_method
@@ -29,8 +33,13 @@ __all__ = [
     "load",
     "load_exported",
     "load_sweep",
+    "register_criterion",
     "register_family",
     "register_method",
+    "register_objective",
+    "register_policy",
+    "register_rule",
+    "register_selection",
     "run",
     "sweep",
 ]
@@ -48,6 +57,11 @@ _HOMES = {
     "register_family": "fedsim.families.family_catalogue",
     "Method": "fedsim.methods.base",
     "register_method": "fedsim.methods.catalogue",
+    "register_policy": "fedsim.control.policies",
+    "register_selection": "fedsim.control.client_selection",
+    "register_rule": "fedsim.learn.entries",
+    "register_criterion": "fedsim.learn.entries",
+    "register_objective": "fedsim.learn.entries",
 }
 
 

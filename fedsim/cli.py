@@ -56,7 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-_OWN = re.compile(r"(?<!--baseline: )unknown (method|control\.policy) '|prune\.criterion: unknown value '")
+_OWN = re.compile(
+    r"(?<!--baseline: )unknown (method|control\.policy|aggregate\.rule|prune\.criterion|server\.selection) '"
+)
 _NO_DATA = re.compile(r"(data\.(?:test_)?path) '[^']*': no such file")
 
 

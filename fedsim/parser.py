@@ -248,7 +248,7 @@ def _add_import(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE.py",
-        help="a Python file (or module) that registers methods, policies or criteria of your own",
+        help="a Python file (or module) that registers methods, policies, rules and so on of your own",
     )
 
 

@@ -94,12 +94,15 @@ class ServerSettings(Section):
     where clients cannot meet, with the same numbers to the bit (``auto`` takes them for large fleets that train
     nothing). ``over_selection`` dispatches that share more clients than a round waits for.
 
+    ``selection`` is the rule by which they are chosen, where not ``all`` take part: a built-in one or your own.
+
     ``checkpoint_every`` counts rounds; ``auto`` writes one after the first round and then as often as about 5% of the
     host's time allows, and at the end. It decides what lies on disk, never a result.
     """
 
     mode: Literal["sync"] = "sync"
     clock: Literal["auto", "processes", "arrays"] = "auto"
+    selection: str = "uniform"
     rounds: Positive = 100
     clients_per_round: Positive | Literal["all"] = "all"
     over_selection: NonNegativeFloat = 0.0

@@ -27,6 +27,7 @@ LEVELS = {
     "files": 2,
     "locks": 3,
     "parser": 2,
+    "registry": 1,
     "state": 2,
     "families": 2,
     "cost": 3,

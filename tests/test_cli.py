@@ -31,7 +31,7 @@ OWN = """
 import fedsim
 from fedsim.control.policies import POLICIES
 
-POLICIES["my_policy"] = POLICIES["uniform"]
+fedsim.register_policy("my_policy", POLICIES["uniform"].make, one_rank=True)
 settings = {"control.policy": "my_policy"}
 fedsim.register_method("mine", fedsim.Method("mine", "one line", (), prunes=True, defaults=settings))
 """

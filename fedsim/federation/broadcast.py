@@ -1,8 +1,9 @@
 """What the server sends at dispatch, as the rank of a LoRA that takes as many bytes.
 
-Under most rules it is the global adapter at the client's own rank. Under ``stack`` (FLoRA, arXiv 2409.05976) it is
-the factors that were stacked and merged since the client last took part: their rank is the sum of the ranks of all who
-contributed, and each client takes every stack once (in round 0 there is none, and afterwards its own is among them).
+Under most rules it is the global adapter at the client's own rank. Under a rule that sends stacks (``stack``, FLoRA,
+arXiv 2409.05976) it is the factors that were stacked and merged since the client last took part: their rank is the sum
+of the ranks of all who contributed, and each client takes every stack once (in round 0 there is none, and afterwards
+its own is among them).
 
 Unspecified in the source; we chose: a client that missed rounds takes the stacks of all of them; one whose update did
 not arrive takes its stacks again; stacks have the widths of the client's own structure. Not counted: the client's
@@ -11,13 +12,13 @@ product that merges a stack, and its memory. A server could send the dense diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 
 from fedsim.contracts.common import IntArray, State
 from fedsim.errors import RunError
+from fedsim.learn.entries import RULES
 
 
 class Broadcast(Protocol):
@@ -87,10 +88,6 @@ class StackBroadcast:
         self._received = np.array(state["received"], dtype=np.int64)
 
 
-BROADCASTS: dict[str, Callable[[int], Broadcast]] = {"stack": StackBroadcast}
-"""By ``aggregate.rule``, made from the number of clients; rules that are not here send the adapter."""
-
-
 def broadcast_of(rule: str, clients: int) -> Broadcast:
     """What the server of an aggregation rule sends."""
-    return BROADCASTS[rule](clients) if rule in BROADCASTS else AdapterBroadcast()
+    return StackBroadcast(clients) if RULES.named(rule).sends_stacks else AdapterBroadcast()

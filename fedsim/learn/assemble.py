@@ -7,9 +7,11 @@ import os
 import torch
 
 from fedsim.contracts.common import IntArray
+from fedsim.control.policies import POLICIES
 from fedsim.data.labelled import Corpus
 from fedsim.errors import ConfigError
 from fedsim.learn.engine import chosen_engine, chosen_precision, make_engine
+from fedsim.learn.entries import RULES
 from fedsim.learn.learner import LearnerParts, LoraLearner
 from fedsim.learn.merge.rules import find_rule
 from fedsim.learn.model.adapter import initial_adapter
@@ -75,8 +77,9 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
             f"train.max_length: value {config.train.max_length} is not allowed (model '{config.model.name}' takes at "
             f"most {backbone.max_tokens} tokens)"
         )
-    uniform_rank = config.control.policy == "uniform" and config.aggregate.rule == "average_factors"
-    rank = config.model.lora_rank if uniform_rank else config.model.lora_rank_max
+    # Where all updates have one rank and the rule merges factor by factor, so does the global adapter.
+    equal_ranks = RULES.named(config.aggregate.rule).equal_ranks and POLICIES.named(config.control.policy).one_rank
+    rank = config.model.lora_rank if equal_ranks else config.model.lora_rank_max
     adapter = initial_adapter(backbone, config.model.lora_targets, rank, config.seed)
     rule = TrainRule(
         seed=config.seed,

@@ -17,7 +17,6 @@ from fedsim.errors import ConfigError
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.memory import client_bytes, default_budget_bytes
 from fedsim.learn.cohort.plan import ChunkPlan
-from fedsim.learn.cohort.scores import ESTIMATES
 from fedsim.learn.cohort.stack import Base
 from fedsim.learn.cohort.tester import CohortTester
 from fedsim.learn.cohort.trainer import CohortTrainer
@@ -56,7 +55,7 @@ class Engine:
 
 def chosen_engine(asked: str, criterion: Criterion | None) -> str:
     """``train.engine``, where ``auto`` becomes ``reference`` for a user's criterion that has no form for cohorts."""
-    alone = criterion is not None and criterion.estimate is not None and criterion.estimate not in ESTIMATES
+    alone = criterion is not None and criterion.estimate is not None and criterion.cohort is None
     return "reference" if asked == "auto" and alone else asked
 
 

@@ -55,6 +55,8 @@ class Method:
             always is.
         learns: share of the learning rate that a round gets; 0: a pass that changes no weight.
         estimates: rounds in which importance is estimated, and its cost counted.
+        baseline: its place among the methods that others are compared with where the user names none, lowest first;
+            None: it is none.
     """
 
     name: str
@@ -68,3 +70,4 @@ class Method:
     cuts_after: When = never
     learns: Share = in_full
     estimates: When = always
+    baseline: int | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedsim.errors import ConfigError, unknown
+from fedsim.errors import ConfigError
 from fedsim.methods import (
     fedapt,
     fedlora,
@@ -17,20 +17,24 @@ from fedsim.methods import (
     tune_then_prune,
 )
 from fedsim.methods.base import Method
+from fedsim.registry import Catalogue
 
-METHODS: dict[str, Method] = {
-    "fedspine": fedspine.METHOD,
-    "fedspine_uniform": fedspine_uniform.METHOD,
-    "fedspine_balanced": fedspine_balanced.METHOD,
-    "fedlora": fedlora.METHOD,
-    "hetlora": hetlora.METHOD,
-    "flexlora": flexlora.METHOD,
-    "flora": flora.METHOD,
-    "prune_then_tune": prune_then_tune.METHOD,
-    "tune_then_prune": tune_then_prune.METHOD,
-    "fedapt": fedapt.METHOD,
-    "fedmp": fedmp.METHOD,
-}
+METHODS: Catalogue[Method] = Catalogue(
+    "method",
+    (
+        fedspine.METHOD,
+        fedspine_uniform.METHOD,
+        fedspine_balanced.METHOD,
+        fedlora.METHOD,
+        hetlora.METHOD,
+        flexlora.METHOD,
+        flora.METHOD,
+        prune_then_tune.METHOD,
+        tune_then_prune.METHOD,
+        fedapt.METHOD,
+        fedmp.METHOD,
+    ),
+)
 
 
 def method_named(name: str) -> Method:
@@ -39,19 +43,22 @@ def method_named(name: str) -> Method:
     Raises:
         ConfigError: there is none.
     """
-    if name not in METHODS:
-        raise ConfigError(unknown("method", name, METHODS))
-    return METHODS[name]
+    return METHODS.named(name)
+
+
+def preferred_baselines() -> list[str]:
+    """Methods that others are compared with where the user names none, the first choice first."""
+    places = {name: method.baseline for name, method in METHODS.items() if method.baseline is not None}
+    return sorted(places, key=lambda name: places[name])
 
 
 def register_method(name: str, method: Method) -> None:
-    """Make a user's own method usable by name, without editing the package.
+    """Make a method of your own usable by name, without editing the package.
 
     Raises:
         ConfigError: the name is taken, or `method` is no `Method` of that name.
     """
-    if name in METHODS:
-        raise ConfigError(f"method '{name}' exists already; register yours under another name")
+    METHODS.check_free(name)
     if not isinstance(method, Method) or method.name != name:
         raise ConfigError(f"register_method: '{name}' needs a fedsim.Method whose name is '{name}', not {method!r}")
-    METHODS[name] = method
+    METHODS.add(method)

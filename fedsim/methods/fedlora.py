@@ -16,4 +16,5 @@ METHOD = Method(
     prunes=False,
     defaults={"control.policy": "uniform", "aggregate.rule": "average_factors"},
     labels=(),
+    baseline=1,
 )

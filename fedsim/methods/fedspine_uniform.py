@@ -20,4 +20,5 @@ METHOD = Method(
         "prune.target_scope": "every_device",
         "aggregate.rule": "lowrank",
     },
+    baseline=2,
 )

@@ -8,20 +8,24 @@ from pathlib import Path
 
 import numpy as np
 
+from fedsim.control.policies import POLICIES, PolicyEntry, policy_facts
 from fedsim.study.belonging import Group
 from fedsim.study.regret import Regret
 
 MOST = 12
 """Rows in one figure: as many as `fedsim.plots.style.styles` tells apart by colour."""
 _NAMED = 3
-_REFERENCES = ("oracle", "uniform")
-"""Policies at the two ends of what a controller can do: they stay in a choice by regret."""
 _ONLY_SO_MANY = f"more than {MOST} cannot be told apart"
 
 
 def policy_of(group: Group) -> str:
     """``control.policy`` of its runs."""
     return str((next(iter(group.runs.values())).config.get("control") or {}).get("policy"))
+
+
+def policy_facts_of(group: Group) -> PolicyEntry:
+    """What is known of that policy."""
+    return policy_facts(policy_of(group))
 
 
 def shown_first(groups: Sequence[Group], baseline: str, most: int = MOST) -> list[Group]:
@@ -44,7 +48,7 @@ def shown_by_regret(groups: Sequence[Group], known: Mapping[Path, Regret], most:
         for group in groups
     }
     by_regret = sorted(groups, key=lambda group: total_s[group.label])
-    references = [group for group in by_regret if policy_of(group) in _REFERENCES]
+    references = [group for group in by_regret if policy_facts_of(group).is_reference]
     # The least and the most come first: a sweep may hold more references than there is room for.
     ranked = [by_regret[0], by_regret[-1], *references, *by_regret]
     kept = list(dict.fromkeys(group.label for group in ranked))[:most]
@@ -60,7 +64,8 @@ def first_rule(groups: Sequence[Group], baseline: str, most: int = MOST) -> str:
 
 def regret_rule() -> str:
     """What `shown_by_regret` takes, in words."""
-    return f"the ones of least and most regret, oracle and uniform, and then those of least, since {_ONLY_SO_MANY}"
+    references = " and ".join(entry.name for entry in POLICIES.values() if entry.is_reference)
+    return f"the ones of least and most regret, {references}, and then those of least, since {_ONLY_SO_MANY}"
 
 
 def left_out_text(groups: Sequence[Group], shown: Sequence[Group], rule: str) -> str:

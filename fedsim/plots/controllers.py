@@ -14,7 +14,7 @@ import pandas as pd
 from fedsim.errors import RunError
 from fedsim.files import writing
 from fedsim.plots import frames
-from fedsim.plots.choice import policy_of
+from fedsim.plots.choice import policy_facts_of
 from fedsim.plots.figures import PANELS, SURROGATE
 from fedsim.plots.style import (
     WIDTH_IN,
@@ -36,11 +36,6 @@ from fedsim.study.regret import COLD_PARTICIPATIONS, Regret, regret
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LEARN_NOTHING = frozenset({"oracle", "random", "rank_growth", "static_rank", "uniform"})
-"""Policies to which no device is ever new: what they choose does not hang on times or rewards measured before.
-
-``rank_growth`` follows how much each device's components matter, round by round; it has no arms to explore.
-"""
 _SHORT = 26
 """Longest name, in characters, that fits a panel's title."""
 _ARM_COLUMNS = [
@@ -170,7 +165,7 @@ def draw_cumulative_regret(
     frame = pd.concat(tables, ignore_index=True)
     groups = [group for group in groups if group.label in set(frame["method"])]
     looks = looks or styles([group.label for group in groups])
-    learn = {group.label for group in groups if policy_of(group) not in LEARN_NOTHING}
+    learn = {group.label for group in groups if policy_facts_of(group).explores}
     names = [wrapped(group.label) for group in groups] + [_COLD] * bool(learn)
     columns = columns_that_fit(names, WIDTH_IN)
     with canvas(WIDTH_IN, 4.2 + legend_in(names, columns)) as figure:

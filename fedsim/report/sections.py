@@ -9,7 +9,7 @@ from fedsim.errors import FedsimError
 from fedsim.plots import controllers as regret_plots
 from fedsim.plots import figures, frames, summary_frames
 from fedsim.plots import summary as summary_plots
-from fedsim.plots.choice import bare_text, first_rule, left_out_text, policy_of
+from fedsim.plots.choice import bare_text, first_rule, left_out_text, policy_facts_of
 from fedsim.records.reader import Run
 from fedsim.report import page_tables as tables
 from fedsim.report.drawings import Sketchbook
@@ -170,7 +170,7 @@ def policy(material: Material) -> Section | None:
 
 
 def _regret(material: Material) -> str:
-    controlled = [group for group in material.detailed if policy_of(group) != "uniform"]
+    controlled = [group for group in material.detailed if policy_facts_of(group).chooses]
     if not controlled:
         return "<h3>Regret</h3>" + paragraph("No run has a controller that chooses arms.")
     judged, left_out = _judged(controlled)

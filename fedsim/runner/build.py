@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedsim.contracts.learning import Learner
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import POLICIES, PolicyInputs, make_policy
 from fedsim.control.reward import RewardModel
 from fedsim.control.timed import TimedPolicy
 from fedsim.cost.ask import JobSetting, ShapeAsk
@@ -24,6 +24,7 @@ from fedsim.errors import ConfigError
 from fedsim.federation.federation import Federation
 from fedsim.federation.parts import Parts
 from fedsim.fleet.fleet import Fleet, load_fleet
+from fedsim.learn.entries import CRITERIA
 from fedsim.learn.model.linears import target_linears
 from fedsim.learn.standins.surrogate import SurrogateLearner
 from fedsim.learn.standins.surrogate_model import read_surrogate
@@ -32,6 +33,7 @@ from fedsim.methods.base import Method
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.surrogate_use import check_use, labels_of_use
 from fedsim.rng import Stream, generator
+from fedsim.runner.names import check_names
 from fedsim.runner.panel import draw_panel
 from fedsim.settings import Config
 from fedsim.structure import ModelShape, achieved_ratio, kept_counts, largest_ratio
@@ -41,11 +43,6 @@ Say = Callable[[str], None]
 ARRAYS_FROM_CLIENTS = 500
 """Clients a round from which a run that trains nothing is played in arrays. A flight costs the event loop about 15 to
 30 us, the rest of such a run 3 to 6 us: below this number that is a few milliseconds a round."""
-
-_STATIC_CRITERIA = ("magnitude", "random")
-_CRITERIA = ("activation_gradient", "lora_guided", *_STATIC_CRITERIA)
-_RULES = ("average_factors", "flexlora", "hetlora", "lowrank", "stack", "zero_pad")
-"""What the registries of `fedsim.learn` hold at first; known here so that timing-only runs need not load torch."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +81,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     Raises:
         FedsimError: one sentence naming the field, the value and what is allowed.
     """
+    check_names(config)
     method = method_named(config.method)
     fleet = load_fleet(config.fleet, config.cost.precision, config.seed, perturb)
     corpus = None
@@ -105,11 +103,9 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     labels_of_learning: list[str] = []
     learner: Learner
     if config.train.engine == "surrogate":
-        _check_names(config)
         learner, more, labels_of_learning = _build_surrogate(config, method, shape, fleet.clients, participants)
         facts |= more
     elif corpus is None:
-        _check_names(config)
         learner = TimingLearner(shape)
         facts["model"] = {"name": shape.name, "sha256": None}
         facts["data"] = {"name": None, "sha256": None, "train": 0, "test": 0}
@@ -129,13 +125,15 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         }
     policy = TimedPolicy(
         make_policy(
-            config.control,
-            clients=fleet.clients,
-            ask=ask,
-            seed=config.seed,
-            fixed_rank=config.model.lora_rank,
-            expected_time=fleet.expected_seconds,
-            speed_class=fleet.speed_classes(),
+            PolicyInputs(
+                config.control,
+                clients=fleet.clients,
+                ask=ask,
+                seed=config.seed,
+                fixed_rank=config.model.lora_rank,
+                expected_time=fleet.expected_seconds,
+                speed_class=fleet.speed_classes(),
+            )
         )
     )
     parts = Parts(
@@ -172,17 +170,6 @@ def _outputs(config: Config, corpus: Corpus | None) -> int:
     if config.data.task == "causal_lm":
         return 0
     return len(corpus.label_names) if corpus else 2
-
-
-def _check_names(config: Config) -> None:
-    """Refuse a misspelt criterion or rule where no learner is built that would."""
-    if config.prune.criterion in _CRITERIA and config.aggregate.rule in _RULES:
-        return
-    from fedsim.learn.merge.rules import find_rule  # heavy, and only a user's own entry needs the registries
-    from fedsim.learn.train.importance import find_criterion
-
-    find_criterion(config.prune.criterion)
-    find_rule(config.aggregate.rule)
 
 
 def _with_test_sample(corpus: Corpus, config: Config) -> Corpus:
@@ -260,7 +247,7 @@ def build_ask(
         train_top_layers=None,
         lora_roles=_lora_roles(config, shape, clock_shape),
     )
-    needs_gradients = method.prunes and estimates and config.prune.criterion not in _STATIC_CRITERIA
+    needs_gradients = method.prunes and estimates and not CRITERIA.named(config.prune.criterion).is_static
     job = JobSetting(
         local_steps=train.local_steps,
         recovery_steps=config.local_recovery_steps if method.prunes else 0,
@@ -312,8 +299,8 @@ def _build_surrogate(
     assert config.train.surrogate is not None  # checked with the configuration
     model, sha256 = read_surrogate(config.train.surrogate)
     check_use(model, config, method)
-    fixed = config.control.policy == "uniform"
-    ranks = (config.model.lora_rank,) if fixed else ranks_on_offer(config.model.lora_rank_max)
+    one_rank = POLICIES.named(config.control.policy).one_rank
+    ranks = (config.model.lora_rank,) if one_rank else ranks_on_offer(config.model.lora_rank_max)
     source = model.source
     facts: dict[str, object] = {
         "model": {"name": shape.name, "sha256": None},

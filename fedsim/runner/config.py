@@ -17,8 +17,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedsim.control.policies import POLICY_DEFAULTS
+from fedsim.control.policies import policy_facts
 from fedsim.errors import ConfigError, nearest, unknown
+from fedsim.learn.entries import CRITERIA, RULES
 from fedsim.methods.base import Method
 from fedsim.methods.catalogue import METHODS, method_named
 from fedsim.places import user_path
@@ -167,7 +168,7 @@ def _policy_defaults(method: Method, user: Tree) -> dict[str, Any]:
     section = user.get("control")
     if isinstance(section, Mapping):
         policy = section.get("policy", policy)
-    return dict(POLICY_DEFAULTS.get(policy, {})) if isinstance(policy, str) else {}
+    return dict(policy_facts(policy).defaults) if isinstance(policy, str) else {}
 
 
 def load_config(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
@@ -234,19 +235,20 @@ def _faults(config: Config, method: Method) -> Iterator[str]:
         )
     if model.lora_rank_max < 2:
         yield ("model.lora_rank_max: value 1 is not allowed (at least 2: the ranks on offer are 2, 4, 8, ...)")
-    if method.prunes and model.lora_targets != "all" and prune.criterion == "lora_guided":
+    criterion, rule = CRITERIA.get(prune.criterion), RULES.get(config.aggregate.rule)
+    if method.prunes and model.lora_targets != "all" and criterion is not None and criterion.every_linear:
         yield (
-            f"model.lora_targets: value {model.lora_targets!r} is not allowed with prune.criterion lora_guided (it "
-            "must be 'all': importance is estimated from the LoRA gradients of every prunable Linear)"
+            f"model.lora_targets: value {model.lora_targets!r} is not allowed with prune.criterion {criterion.name} "
+            "(it must be 'all': importance is estimated from the LoRA gradients of every prunable Linear)"
         )
-    if config.aggregate.rule == "average_factors" and config.control.policy != "uniform":
+    if rule is not None and rule.equal_ranks and not policy_facts(config.control.policy).one_rank:
         yield (
-            f"aggregate.rule: value 'average_factors' is not allowed with control.policy {config.control.policy!r} "
+            f"aggregate.rule: value {rule.name!r} is not allowed with control.policy {config.control.policy!r} "
             "(it needs equal ranks: use policy uniform, or rule lowrank)"
         )
-    if config.aggregate.rule == "average_factors" and train.rank_decay < 1.0:
+    if rule is not None and rule.equal_ranks and train.rank_decay < 1.0:
         yield (
-            f"train.rank_decay: value {train.rank_decay} is not allowed with aggregate.rule average_factors (clients "
+            f"train.rank_decay: value {train.rank_decay} is not allowed with aggregate.rule {rule.name} (clients "
             "that give up components have unequal ranks: use 1, or another rule)"
         )
     if config.train.engine in ("none", "surrogate") and method.prunes and prune.selection == "global":

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from fedsim.contracts.common import IntArray
 from fedsim.contracts.flights import Arrivals, Learned
+from fedsim.control.client_selection import SelectionContext, choose_clients
 from fedsim.errors import ConfigError
-from fedsim.rng import Stream, uniforms
 from fedsim.settings import ServerSettings
 from fedsim.sim.trace import START_HASH, TraceBlock
 
@@ -118,12 +118,12 @@ def finished(settings: ServerSettings, state: SimState) -> bool:
 
 
 def sample_clients(fleet_clients: int, settings: ServerSettings, seed: int, round_index: int) -> tuple[IntArray, int]:
-    """Draw a round's participants uniformly without replacement: those with the smallest keyed random numbers.
+    """A round's participants, by the rule of ``server.selection``.
 
     Returns:
         The participants, ascending, shape (P,), over-selection included; and how many updates the round waits for.
     Raises:
-        ConfigError: more clients per round than the fleet has.
+        ConfigError: more clients per round than the fleet has, or a rule that does not choose so many.
     """
     everyone = np.arange(fleet_clients, dtype=np.int64)
     if settings.clients_per_round == "all":
@@ -136,9 +136,5 @@ def sample_clients(fleet_clients: int, settings: ServerSettings, seed: int, roun
         )
     # The small allowance keeps 10 * 1.1 from becoming 12 through rounding.
     dispatched = min(fleet_clients, math.ceil(quota * (1.0 + settings.over_selection) - 1e-9))
-    draws = uniforms(seed, Stream.CLIENT_SAMPLING, everyone, round_index)
-    # The highest draw that takes part, without sorting the fleet; equal draws go to the lower client numbers.
-    highest = np.partition(draws, dispatched - 1)[dispatched - 1]
-    below = np.flatnonzero(draws < highest)
-    level = np.flatnonzero(draws == highest)[: dispatched - len(below)]
-    return np.sort(np.concatenate([below, level])), quota
+    context = SelectionContext(seed, round_index)
+    return choose_clients(settings.selection, everyone, dispatched, context), quota

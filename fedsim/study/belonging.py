@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedsim.control.policies import POLICY_DEFAULTS
+from fedsim.control.policies import policy_facts
 from fedsim.errors import RunError
 from fedsim.methods.catalogue import METHODS
 from fedsim.records.reader import Run, is_sweep_folder
@@ -158,7 +158,7 @@ def _told_apart(rivals: Sequence[dict[str, str]]) -> list[str]:
 
 def _policys_own(settings: Mapping[str, str]) -> dict[str, str]:
     """What the run's policy sets where nobody else does."""
-    defaults = POLICY_DEFAULTS.get(settings.get("control.policy", ""), {})
+    defaults = policy_facts(settings.get("control.policy", "")).defaults
     return {key: value_text(value) for key, value in defaults.items()}
 
 

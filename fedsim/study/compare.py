@@ -32,6 +32,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import ConfigError, unknown
+from fedsim.methods.catalogue import preferred_baselines
 from fedsim.records.reader import Run
 from fedsim.study.belonging import Group, Repeat, check_together, clock_text, finished_only, group_runs, labels
 from fedsim.study.bootstrap import mean_interval, ratio_interval
@@ -40,7 +41,6 @@ from fedsim.study.comparison import Comparison
 
 __all__ = ["Comparison", "compare", "final_sparsity", "idle_of_class", "time_to_target"]
 
-PREFERRED_BASELINES = ("fedlora", "fedspine_uniform")
 UNPRUNED = 0.005
 """Below this fleet-mean sparsity a method is a reference, not a rival."""
 SAME_SPARSITY = 0.02
@@ -58,8 +58,8 @@ def compare(
     Args:
         runs: unfinished ones are left out, with a warning.
         target_accuracy: in (0, 1]; default: the highest accuracy that every run reaches.
-        baseline: a method or a row's label; default: fedlora, else fedspine_uniform (where the runs hold one
-            configuration of it), else the slowest in total.
+        baseline: a method or a row's label; default: the first of `preferred_baselines` of which the runs hold
+            one configuration, else the slowest in total.
         notes: what is known of runs that are missing, such as `fedsim.sweeps.notes.sweep_notes`; become warnings.
     Raises:
         RunError: the runs do not belong together (other data, fleet or clock), or none is finished.
@@ -282,7 +282,7 @@ def _baseline(groups: Sequence[Group], asked: str | None) -> Group:
             names = ", ".join(f"'{group.label}'" for group in found)
             raise ConfigError(f"--baseline: '{asked}' comes in several configurations; name one of {names}")
         return found[0]
-    for method in PREFERRED_BASELINES:
+    for method in preferred_baselines():
         found = [group for group in groups if group.method == method]
         if len(found) == 1:
             return found[0]

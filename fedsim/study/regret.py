@@ -40,9 +40,9 @@ from fedsim.contracts.control import Arms, Ask, ExpectedTime, Feedback, RoundCon
 from fedsim.contracts.flights import Flights
 from fedsim.control.solver import level
 from fedsim.errors import RunError
-from fedsim.federation.broadcast import BROADCASTS
 from fedsim.federation.federation import Federation
 from fedsim.fleet.fleet import Fleet
+from fedsim.learn.entries import RULES
 from fedsim.methods.catalogue import method_named
 from fedsim.records.reader import Run
 from fedsim.runner.build import build, participants_per_round
@@ -201,7 +201,7 @@ def _rebuilt(run: Run, config: Config, rows: pd.DataFrame) -> tuple[Fleet, Feder
         lambda index, clients: best.round_ask(index, clients),
         fleet.expected_seconds,
         means,
-        smallest_ranks=config.aggregate.rule in BROADCASTS,
+        smallest_ranks=RULES.named(config.aggregate.rule).sends_stacks,
     )
     best = Federation(replace(parts, policy=policy))
     return fleet, Federation(replace(parts, policy=_Recorded(rows))), best

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.contracts.common import FloatArray
+from fedsim.control.policies import POLICIES
 from fedsim.control.reward import RewardModel
 from fedsim.control.schedule import default_step_max
 from fedsim.errors import RunError
@@ -27,8 +28,6 @@ TERM_TEXT = {
     "time": "the time penalty",
 }
 _TERMS = ("loss", "progress", "importance")
-_DEAF = ("uniform", "random", "balanced", "oracle", "static_rank")
-"""Policies that do not read rewards."""
 _PHASES = ["wait_s", "download_s", "compute_s", "upload_s"]
 _LEAST_LOSS = 1e-12
 _AT_TARGET = 1e-9
@@ -41,7 +40,7 @@ def missing_losses(run: Run) -> str | None:
     The policy of such a run was taught by times alone: it may choose other arms where models are trained.
     """
     config = build_config(run.config)
-    if config.train.engine != "none" or config.control.policy in _DEAF:
+    if config.train.engine != "none" or not POLICIES.named(config.control.policy).reads_rewards:
         return None
     if config.reward.kind == "fedmp":
         return "every loss reduction counted as 1"
@@ -59,7 +58,7 @@ def reward_terms(run: Run) -> pd.DataFrame:
             were not made by these rules.
     """
     config = build_config(run.config)
-    if config.control.policy in _DEAF:
+    if not POLICIES.named(config.control.policy).reads_rewards:
         raise RunError(f"the policy {config.control.policy} does not read rewards")
     if config.reward.kind != "product":
         raise RunError(f"a reward of kind {config.reward.kind} has no terms that add up")

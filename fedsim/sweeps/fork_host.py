@@ -34,12 +34,14 @@ _FOR_TRAINING = (
     "transformers.models.roberta.modeling_roberta",
 )
 _PR_SET_PDEATHSIG = 1
+_importing: list[str] = []
+"""What `import_user_modules` is at, the innermost last."""
 
 
 def main(descriptor: int) -> None:
     """Serve the connection with this descriptor: a `Setup`, then `Job` after `Job`; `Done` goes back for each.
 
-    The first answer is `READY`, or a sentence on what cannot be imported.
+    The first answer is `READY`, or a sentence on what cannot be imported or is not known here.
     """
     # Ctrl-C reaches every process of the terminal; the sweep alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -50,6 +52,7 @@ def main(descriptor: int) -> None:
             importlib.import_module(name)
     try:
         import_user_modules(setup.imports)
+        _check_own(setup)
     except FedsimError as error:
         connection.send(str(error))
         return
@@ -61,10 +64,15 @@ def main(descriptor: int) -> None:
 def import_user_modules(names: Sequence[str]) -> None:
     """Import modules, by name or by path of a file; each registers what it brings.
 
+    A file that this process runs or has imported already, under whatever name, is left alone.
+
     Raises:
         ConfigError: one cannot be imported.
     """
     for name in names:
+        if name.endswith(".py") and _is_loaded(Path(name)):
+            continue
+        _importing.append(name)
         try:
             if not name.endswith(".py"):
                 importlib.import_module(name)
@@ -80,6 +88,35 @@ def import_user_modules(names: Sequence[str]) -> None:
         except Exception as error:
             sys.modules.pop(f"fedsim_user_{Path(name).stem}", None)
             raise ConfigError(f"--import '{name}' cannot be imported ({type(error).__name__}: {error})") from error
+        finally:
+            _importing.pop()
+
+
+def being_imported() -> str | None:
+    """What `import_user_modules` is importing at this moment, if anything."""
+    return _importing[-1] if _importing else None
+
+
+def _is_loaded(path: Path) -> bool:
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    return path.resolve() in {Path(file).resolve() for file in files if file and file.endswith(path.name)}
+
+
+def _check_own(setup: Setup) -> None:
+    """Refuse cells that go by a name which this process does not know, though the one that planned them did.
+
+    Raises:
+        ConfigError: with the way out.
+    """
+    from fedsim.runner.names import CATALOGUES
+
+    for key, name in setup.names:
+        if name not in CATALOGUES[key]:
+            raise ConfigError(
+                f"{key} '{name}' is registered in the process that started the sweep, and not in those that run its "
+                "cells: register it in a Python file or module, and name that with imports=['FILE.py'] "
+                "(--import FILE.py on the command line)"
+            )
 
 
 def _serve(connection: Connection) -> None:

@@ -18,13 +18,15 @@ class Setup:
 
     Attributes:
         trains: whether any cell trains, so that torch is worth loading once for all.
-        imports: modules, or paths of Python files, that register the user's own methods, policies or criteria.
+        imports: modules, or paths of Python files, that register the user's own methods, policies and so on.
         sys_path: where modules are looked for.
+        names: the user's own methods, policies and so on that cells go by: pairs of configuration key and name.
     """
 
     trains: bool
     imports: tuple[str, ...]
     sys_path: tuple[str, ...]
+    names: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,15 @@ _PATIENCE_S = 5.0
 class Pool(Protocol):
     """Where cells run. `start` is allowed while `idle` is above 0."""
 
+    def check(self) -> None:
+        """See that its processes know what cells go by, before anything is written.
+
+        Raises:
+            RunError: a module of the user's cannot be imported, or does not bring what cells need.
+        """
+
     def serve(self, book: SweepBook) -> None:
-        """The sweep's folder is open: get ready for its cells. Called once, before anything else."""
+        """The sweep's folder is open: get ready for its cells. Called once, before any cell."""
 
     @property
     def idle(self) -> int:
@@ -54,6 +61,16 @@ class CellHost:
         self._ready = False
         self._connection.send(setup)
 
+    def check(self) -> None:
+        """Wait until the host is ready; one that dies without a word shows at the next `receive`.
+
+        Raises:
+            RunError: a module of the user's cannot be imported, or does not bring what cells need.
+        """
+        with suppress(EOFError):
+            while not self._ready:
+                self.receive()
+
     def start(self, job: Job) -> None:
         """Begin a cell; it waits until the host is ready.
 
@@ -66,7 +83,7 @@ class CellHost:
         """Wait for the next message: a cell that ended, or None (the host is ready, or `patience_s` have passed).
 
         Raises:
-            RunError: a module of the user's cannot be imported.
+            RunError: a module of the user's cannot be imported, or does not bring what cells need.
             EOFError: the host is gone, and the cells with it.
         """
         try:
@@ -100,6 +117,10 @@ class LocalPool:
         self._host = CellHost(setup)
         self._running: set[int] = set()
         self._deaths_in_a_row = 0
+
+    def check(self) -> None:
+        """Wait for the host."""
+        self._host.check()
 
     def serve(self, book: SweepBook) -> None:
         """Nothing to do: a job says all that the host needs."""

@@ -15,9 +15,13 @@ SHOWN = 3
 
 
 def sweep_notes(paths: Iterable[str | Path]) -> list[str]:
-    """One sentence for each folder that is a sweep with cells missing; nothing for any other folder."""
+    """One sentence for each folder that is a sweep with cells missing; nothing for any other folder.
+
+    A sweep may be given by its book as well: ``SWEEP/*`` names it beside the runs.
+    """
     notes = []
-    for path in map(user_path, paths):
+    folders = [path.parent if path.name == BOOK and path.is_file() else path for path in map(user_path, paths)]
+    for path in dict.fromkeys(folders):
         try:
             cells = parse_json((path / BOOK).read_text(encoding="utf-8"))["cells"]
             missing = [cell for cell in cells if cell["state"] != "finished" or _is_gone(path, cell)]

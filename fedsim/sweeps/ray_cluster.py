@@ -129,6 +129,14 @@ class RayPool:
         self._free: list[Any] = []
         self._running: dict[Any, tuple[Job, Any]] = {}
 
+    def check(self) -> None:
+        """Ask a process of this computer: nodes import the same files."""
+        host = CellHost(replace(self._setup, trains=False))
+        try:
+            host.check()
+        finally:
+            host.close()
+
     def serve(self, book: SweepBook) -> None:
         """Ask for actors that run this book's cells."""
         self._arguments = (self._setup, str(book.path.resolve()), book.identity, os.getcwd())

@@ -17,10 +17,11 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.places import user_path
 from fedsim.records.reader import Run, load
 from fedsim.runner.config import value_text
+from fedsim.runner.names import own_names
 from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, error_text, open_book, read_book
 from fedsim.sweeps.cells import Grid, SweepPlan, plan_sweep
 from fedsim.sweeps.checks import check_cells
-from fedsim.sweeps.fork_host import import_user_modules
+from fedsim.sweeps.fork_host import being_imported, import_user_modules
 from fedsim.sweeps.jobs import Job, Setup
 from fedsim.sweeps.local import LocalPool, Pool, usable_cores
 from fedsim.sweeps.news import SweepNews
@@ -85,13 +86,17 @@ def sweep(
         workers: cells at a time on this computer; default: its cores over the largest ``train.threads``.
         ray: address of a Ray cluster, or ``local`` for one of this computer's own; not with `workers`.
         rerun_failed: run cells that failed before again, from their last checkpoint.
-        imports: modules, or paths of Python files, that register methods, policies or criteria of your own; every
-            process that runs cells imports them.
+        imports: modules, or paths of Python files, that register methods, policies, rules, criteria and so on of your
+            own; every process that runs cells imports them (what a script registers itself, they do not know).
         quiet: no table and no progress.
     Raises:
         FedsimError: before any cell runs. A cell that fails raises nothing: see `Sweep.failed`.
         KeyboardInterrupt: interrupted; the same call goes on later.
     """
+    if being_imported() is not None:
+        raise ConfigError(
+            f"'{being_imported()}' starts a sweep while it is imported: put that call under if __name__ == '__main__'"
+        )
     if ray is not None and workers is not None:
         raise ConfigError("--workers and --ray exclude each other: a Ray cluster's cores say how many cells run")
     if workers is not None and workers < 1:
@@ -102,7 +107,8 @@ def sweep(
     path = user_path(out) if out is not None else Path("runs") / plan.name
     due = anything_due(path, plan, rerun_failed)
     trains = any(cell.config.train.engine not in ("none", "surrogate") for cell in plan.cells)
-    setup = Setup(trains, files, tuple(sys.path))
+    own = tuple(dict.fromkeys(pair for cell in plan.cells for pair in own_names(cell.config).items()))
+    setup = Setup(trains, files, tuple(sys.path), own)
     threads = max(cell.config.train.threads for cell in plan.cells)
     pool: Pool | None = None
     try:
@@ -116,6 +122,8 @@ def sweep(
             from fedsim.sweeps.ray_cluster import RayPool  # an optional package
 
             pool = RayPool(setup, ray, threads)  # joined before anything is written: the address may be wrong
+        if pool is not None and own:
+            pool.check()
         book = open_book(path, plan)
         try:
             if not quiet:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedsim.contracts.control import Feedback, Policy, RoundContext, Work
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.control.schedule import cubic_ratio, default_step_max, feasible_bounds, ratio_cap
 from fedsim.rng import Stream, generator, mean_one_jitter
 from fedsim.settings import ControlSettings, PruneSettings
@@ -125,7 +125,7 @@ def play(
     prune = prune or PruneSettings(target=0.5, target_scope="fleet_mean", max_ratio=0.8, reversible=True)
     settings = ControlSettings(policy=name, **(control or {}))
     policy = policy or make_policy(
-        settings, clients=clients, ask=ask, seed=seed, fixed_rank=fixed_rank, expected_time=expected
+        PolicyInputs(settings, clients=clients, ask=ask, seed=seed, fixed_rank=fixed_rank, expected_time=expected)
     )
     taking_part = participants or clients
     step = prune.max_step or default_step_max(

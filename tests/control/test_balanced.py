@@ -10,7 +10,7 @@ from control_toys import ToyAsk, ToyFleet, play
 from fedsim.contracts.control import Feedback, RoundContext
 from fedsim.control import balanced, solver
 from fedsim.control import time_model as timing
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.settings import ControlSettings, PruneSettings
 
 FLEETS = {
@@ -84,7 +84,7 @@ def _context(index, high=0.0):
 
 def test_warm_up_varies_the_rank_and_later_ranks_climb_by_steps():
     ask, fleet = ToyAsk(), ToyFleet(6, 0)
-    policy = make_policy(ControlSettings(policy="balanced"), clients=6, ask=ask, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(ControlSettings(policy="balanced"), clients=6, ask=ask, seed=0, fixed_rank=8))
     ids = np.arange(6)
 
     def teach(index, arms, rank):
@@ -106,7 +106,7 @@ def test_warm_up_varies_the_rank_and_later_ranks_climb_by_steps():
 
 def test_absent_updates_teach_nothing():
     ask = ToyAsk()
-    policy = make_policy(ControlSettings(policy="balanced"), clients=6, ask=ask, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(ControlSettings(policy="balanced"), clients=6, ask=ask, seed=0, fixed_rank=8))
     before = policy.state()
     context = _context(0)
     arms = policy.select(context)
@@ -126,6 +126,7 @@ def test_balanced_cannot_see_a_profile():
         "__future__",
         "fedsim.contracts.common",
         "fedsim.contracts.control",
+        "fedsim.state",
     }
     for module in (balanced, solver, timing):
         for node in ast.walk(ast.parse(inspect.getsource(module))):

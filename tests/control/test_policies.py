@@ -5,7 +5,8 @@ import pytest
 from control_toys import ToyAsk, ToyFleet, play
 
 from fedsim.contracts.control import Feedback, Policy, RoundContext, Work
-from fedsim.control.policies import POLICIES, Uniform, make_policy
+from fedsim.control.fixed_arms import Uniform
+from fedsim.control.policies import POLICIES, PolicyEntry, PolicyInputs, make_policy
 from fedsim.errors import ConfigError, RunError
 from fedsim.rng import Stream, uniforms
 from fedsim.settings import ControlSettings
@@ -17,13 +18,15 @@ NAMES = sorted(POLICIES)
 def _make(name, clients=12, fleet=None):
     expected = (fleet or ToyFleet(clients, 0)).expected
     return make_policy(
-        ControlSettings(policy=name),
-        clients=clients,
-        ask=ASK,
-        seed=7,
-        fixed_rank=8,
-        expected_time=expected,
-        speed_class=np.arange(clients) % 3,
+        PolicyInputs(
+            ControlSettings(policy=name),
+            clients=clients,
+            ask=ASK,
+            seed=7,
+            fixed_rank=8,
+            expected_time=expected,
+            speed_class=np.arange(clients) % 3,
+        )
     )
 
 
@@ -41,14 +44,14 @@ def test_unknown_name_is_refused_with_the_nearest():
 
 def test_oracle_needs_expected_times():
     with pytest.raises(ConfigError, match="'oracle' needs"):
-        make_policy(ControlSettings(policy="oracle"), clients=3, ask=ASK, seed=0, fixed_rank=8)
+        make_policy(PolicyInputs(ControlSettings(policy="oracle"), clients=3, ask=ASK, seed=0, fixed_rank=8))
 
 
 def test_a_registered_policy_is_found_at_call_time(monkeypatch):
     def mine(inputs):
         return Uniform(int(inputs.ask.ranks[-1]))
 
-    monkeypatch.setitem(POLICIES, "mine", mine)
+    monkeypatch.setitem(POLICIES, "mine", PolicyEntry("mine", mine))
     context = RoundContext(
         0,
         np.arange(2),
@@ -120,7 +123,9 @@ def test_state_is_arrays_over_clients_only(name):
 
 def _trajectory(name, clients):
     """Arms of clients 0 to 9 over rounds whose bounds and rewards do not depend on how many others there are."""
-    policy = make_policy(ControlSettings(policy=name, arms="absolute"), clients=clients, ask=ASK, seed=7, fixed_rank=8)
+    policy = make_policy(
+        PolicyInputs(ControlSettings(policy=name, arms="absolute"), clients=clients, ask=ASK, seed=7, fixed_rank=8)
+    )
     out = []
     for index in range(30):
         ids = np.arange(clients)

@@ -7,7 +7,7 @@ import pytest
 from control_toys import ToyAsk
 
 from fedsim.contracts.control import Feedback, RoundContext
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.control.reward import RewardModel
 from fedsim.settings import ControlSettings, RewardSettings
 
@@ -37,7 +37,7 @@ def _round(policy, reward, index, ids):
 
 def _peak_bytes(name, clients, participants):
     """Largest memory of a later round beyond what was held before it."""
-    policy = make_policy(ControlSettings(policy=name), clients=clients, ask=ASK, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(ControlSettings(policy=name), clients=clients, ask=ASK, seed=0, fixed_rank=8))
     reward = RewardModel(RewardSettings(), clients)
     ids = np.sort(np.random.default_rng(0).choice(clients, participants, replace=False))
     for index in range(9):

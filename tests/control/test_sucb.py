@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.contracts.control import Feedback, RoundContext, Work
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.rng import Stream, generator, uniforms
 from fedsim.settings import ControlSettings, PruneSettings
 
@@ -61,7 +61,7 @@ def _mean_reward(name, **control):
         ]
         return np.mean([_drifting_peak(t, ratio, rank, size)[0] for t, (ratio, rank) in enumerate(arms)])
     settings = ControlSettings(policy="sucb", arms="absolute", smooth=False, **control)
-    policy = make_policy(settings, clients=size, ask=ASK, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(settings, clients=size, ask=ASK, seed=0, fixed_rank=8))
     total = []
     for index in range(120):
         context = _context(index, size)
@@ -83,7 +83,9 @@ def test_follows_a_drifting_peak_far_better_than_chance():
 
 def test_warm_up_explores_ranks_and_leaves_the_ratio_at_zero():
     for arms in ("offset", "absolute"):
-        policy = make_policy(ControlSettings(policy="sucb", arms=arms), clients=20, ask=ASK, seed=1, fixed_rank=8)
+        policy = make_policy(
+            PolicyInputs(ControlSettings(policy="sucb", arms=arms), clients=20, ask=ASK, seed=1, fixed_rank=8)
+        )
         seen = []
         for index in range(12):
             context = _context(index, 20, high=0.0, schedule=0.0)
@@ -111,7 +113,7 @@ def test_offset_keeps_the_fleet_mean_on_the_schedule():
 
 def test_smooth_play_moves_to_touching_leaves_only():
     settings = ControlSettings(policy="sucb", arms="absolute", smooth=True)
-    policy = make_policy(settings, clients=30, ask=ASK, seed=2, fixed_rank=8)
+    policy = make_policy(PolicyInputs(settings, clients=30, ask=ASK, seed=2, fixed_rank=8))
     rows = np.arange(30)
 
     def last_box():
@@ -132,7 +134,7 @@ def test_smooth_play_moves_to_touching_leaves_only():
 @given(st.integers(0, 1000), st.sampled_from(["middle", "played"]), st.floats(0.1, 1.0), st.booleans())
 def test_leaves_always_tile_the_square(seed, cut, split, smooth):
     chosen = ControlSettings(policy="sucb", arms="absolute", cut=cut, split=split, smooth=smooth)
-    policy = make_policy(chosen, clients=5, ask=ASK, seed=seed, fixed_rank=8)
+    policy = make_policy(PolicyInputs(chosen, clients=5, ask=ASK, seed=seed, fixed_rank=8))
     for index in range(60):
         context = _context(index, 5)
         arms = policy.select(context)
@@ -151,7 +153,7 @@ def test_leaves_always_tile_the_square(seed, cut, split, smooth):
 
 def test_boxes_grow_when_played_cuts_need_room():
     chosen = ControlSettings(policy="sucb", arms="absolute", cut="played", split=0.02, smooth=False)
-    policy = make_policy(chosen, clients=3, ask=ASK, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(chosen, clients=3, ask=ASK, seed=0, fixed_rank=8))
     for index in range(60):
         context = _context(index, 3)
         policy.update(_feedback(context, policy.select(context), np.full(3, 0.5)))
@@ -159,7 +161,7 @@ def test_boxes_grow_when_played_cuts_need_room():
 
 
 def test_absent_clients_neither_learn_nor_forget():
-    policy = make_policy(ControlSettings(policy="sucb"), clients=4, ask=ASK, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(ControlSettings(policy="sucb"), clients=4, ask=ASK, seed=0, fixed_rank=8))
     context = _context(0, 4)
     policy.update(_feedback(context, policy.select(context), np.full(4, 0.5)))
     before = policy.state()
@@ -195,7 +197,7 @@ def test_absolute_arms_never_undo_a_cut():
 
 def test_blocks_of_clients_and_room_for_leaves_change_nothing(monkeypatch):
     def trajectory():
-        policy = make_policy(ControlSettings(policy="sucb"), clients=9, ask=ASK, seed=4, fixed_rank=8)
+        policy = make_policy(PolicyInputs(ControlSettings(policy="sucb"), clients=9, ask=ASK, seed=4, fixed_rank=8))
         ratios = []
         for index in range(40):
             context = _context(index, 9)
@@ -211,7 +213,7 @@ def test_blocks_of_clients_and_room_for_leaves_change_nothing(monkeypatch):
 
 
 def test_state_of_an_idle_client_is_small():
-    policy = make_policy(ControlSettings(policy="sucb"), clients=30, ask=ASK, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(ControlSettings(policy="sucb"), clients=30, ask=ASK, seed=0, fixed_rank=8))
 
     def bytes_per_client():
         return sum(array.nbytes for array in policy.state().values()) / 30

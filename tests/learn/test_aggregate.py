@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsim.errors import ConfigError
+from fedsim.learn.entries import RULES, RuleEntry
 from fedsim.learn.merge import coverage
 from fedsim.learn.merge import rules as aggregate
-from fedsim.learn.merge.rules import RULES, Contribution, client_weights, merge
+from fedsim.learn.merge.rules import Contribution, client_weights, merge
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.model.linears import Role, kept_columns, kept_rows, prunable_linears
 from fedsim.settings import AggregateSettings
@@ -270,7 +271,7 @@ def test_unknown_rule_is_refused_with_the_nearest_and_a_rule_can_be_added(monkey
     asked = AggregateSettings(rule="lowrnk")
     with pytest.raises(ConfigError, match=r"unknown aggregate\.rule 'lowrnk'; did you mean 'lowrank'\?"):
         merge(_previous(), [_contribution(1)], SHAPE, 8, C, asked)
-    monkeypatch.setitem(RULES, "lowrnk", lambda merging: merging.contributions[0].adapter)
+    monkeypatch.setitem(RULES, "lowrnk", RuleEntry("lowrnk", lambda merging: merging.contributions[0].adapter))
     client = _contribution(1)
     assert merge(_previous(), [client], SHAPE, 8, C, asked) is client.adapter
 
@@ -279,9 +280,8 @@ def test_unknown_rule_is_refused_with_the_nearest_and_a_rule_can_be_added(monkey
 def test_reduced_precision_of_training_does_not_reach_the_merge(allowed, monkeypatch):
     seen = []
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-    monkeypatch.setitem(
-        RULES, "look", lambda merging: seen.extend(b.fp32_precision for b in backends) or merging.previous
-    )
+    look = RuleEntry("look", lambda merging: seen.extend(b.fp32_precision for b in backends) or merging.previous)
+    monkeypatch.setitem(RULES, "look", look)
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(allowed)
     try:

@@ -330,10 +330,11 @@ def test_common_masks_of_unequal_ratios_are_nested(tiny_folders, reversible):
 
 
 def test_a_criterion_of_the_user_s_own_takes_the_reference_engine(tiny_folders, monkeypatch):
+    from fedsim.learn.entries import CRITERIA, CriterionEntry
     from fedsim.learn.train import importance
 
-    own = importance.Criterion(estimate=lambda model: importance.lora_guided(model))
-    monkeypatch.setitem(importance.CRITERIA, "mine", own)
+    own = CriterionEntry("mine", estimate=lambda model: importance.lora_guided(model))
+    monkeypatch.setitem(CRITERIA, "mine", own)
     learner = make_learner(tiny_folders["roberta"], {"prune.criterion": "mine"})
     assert learner.facts["engine"] == "reference"
     (result,) = play(learner, [request(0, 1, 0.5)])

@@ -11,7 +11,7 @@ from fedsim.contracts.common import Labels, Outcome
 from fedsim.contracts.control import Arms
 from fedsim.contracts.flights import Arrivals
 from fedsim.contracts.learning import Evaluation
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.control.reward import RewardModel
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.shapes import load_shape
@@ -89,7 +89,7 @@ def make(tree=None, clients=6, learner=None):
     )
     ask = ShapeAsk(SHAPE, SHAPE, job, (2, 4, 8))
     learner = learner or ToyLearner()
-    policy = make_policy(config.control, clients=clients, ask=ask, seed=0, fixed_rank=8)
+    policy = make_policy(PolicyInputs(config.control, clients=clients, ask=ask, seed=0, fixed_rank=8))
     parts = Parts(
         config, method, learner, policy, RewardModel(config.reward, clients), ask, clients, clients, np.array([0, 3])
     )

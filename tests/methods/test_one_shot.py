@@ -156,5 +156,5 @@ def test_the_clock_counts_the_stack_and_only_its_download_grows():
 def test_policies_that_are_not_given_what_they_need_say_so():
     config = build_config({"method": "hetlora"})
     with pytest.raises(ConfigError, match="'static_rank' needs the devices' classes"):
-        make_policy(config.control, clients=3, ask=quiet_ask(), seed=0, fixed_rank=4)
+        make_policy(PolicyInputs(config.control, clients=3, ask=quiet_ask(), seed=0, fixed_rank=4))
     assert PolicyInputs.__dataclass_fields__["speed_class"].default is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedsim.contracts.control import Feedback, RoundContext, Work
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.control.recentre import recentre
 from fedsim.control.schedule import cubic_ratio, feasible_bounds
 from fedsim.control.sucb import LEAST_CHILD_SHARE, NEVER_PLAYED, OFFSET_SPAN
@@ -136,7 +136,7 @@ def test_plays_exactly_as_defined(case):
     settings, ranks, reversible, participants = CASES[case]
     clients, rounds = 12, 250
     prune = PruneSettings(target=0.5, target_scope="fleet_mean", max_ratio=0.8, reversible=reversible)
-    policy = make_policy(settings, clients=clients, ask=Ranks(ranks), seed=5, fixed_rank=8)
+    policy = make_policy(PolicyInputs(settings, clients=clients, ask=Ranks(ranks), seed=5, fixed_rank=8))
     devices = [Device(client, settings, ranks) for client in range(clients)]
     ratio = np.zeros(clients)
     leaves = 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedsim.contracts.control import Feedback, RoundContext, Work
-from fedsim.control.policies import make_policy
+from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.rng import Stream, generator
 from fedsim.settings import ControlSettings
 
@@ -23,7 +23,7 @@ class Ranks:
 def _play(name, best_ratio, rounds, **control):
     """Ratios and ranks played, (rounds, SIZE); `best_ratio(round)` is where the peak stands, rank 8 is worth more."""
     settings = ControlSettings(policy=name, arms="absolute", smooth=False, cut="played", **control)
-    policy = make_policy(settings, clients=SIZE, ask=Ranks(), seed=1, fixed_rank=8)
+    policy = make_policy(PolicyInputs(settings, clients=SIZE, ask=Ranks(), seed=1, fixed_rank=8))
     ids, nothing = np.arange(SIZE), np.zeros(SIZE)
     work = Work(nothing, nothing, nothing, nothing, nothing, nothing)
     ratios, ranks = np.zeros((rounds, SIZE)), np.zeros((rounds, SIZE))

@@ -17,7 +17,7 @@ from fedsim.errors import ConfigError
 from fedsim.learn.cohort.axes import Widths
 from fedsim.learn.cohort.stack import CohortStack
 from fedsim.learn.model.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
-from fedsim.learn.train.importance import DECAY, Criterion, GroupScores, activation_gradient, lora_guided
+from fedsim.learn.train.importance import DECAY, Criterion, GroupScores
 from fedsim.learn.train.salience import salience
 
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}
@@ -61,9 +61,6 @@ class CohortScores:
 
 Estimate = Callable[[CohortStack], CohortScores]
 
-ESTIMATES: dict[Callable[..., GroupScores], Estimate] = {}
-"""The cohort's form of each criterion that is estimated, by the function that gives one client's."""
-
 
 def find_estimate(criterion: Criterion | None) -> Estimate | None:
     """The cohort's form of a criterion; None where it needs no gradients.
@@ -73,12 +70,12 @@ def find_estimate(criterion: Criterion | None) -> Estimate | None:
     """
     if criterion is None or criterion.estimate is None:
         return None
-    if criterion.estimate not in ESTIMATES:
+    if criterion.cohort is None:
         raise ConfigError(
-            "prune.criterion: this criterion has no form for cohorts (set train.engine to 'reference', or add one to "
-            "fedsim.learn.cohort.scores.ESTIMATES)"
+            "prune.criterion: this criterion has no form for cohorts (set train.engine to 'reference', or register it "
+            "with cohort=...)"
         )
-    return ESTIMATES[criterion.estimate]
+    return criterion.cohort
 
 
 @torch.no_grad()
@@ -134,10 +131,6 @@ def _collect(
     finite = totals.isfinite().all(dim=2).all(dim=1)
     known = torch.where(masks & finite[:, None, None], totals, torch.nan).cpu().numpy()
     return CohortScores(known[:, :, : shape.head_groups], known[:, :, shape.head_groups :])
-
-
-ESTIMATES[lora_guided] = lora_guided_cohort
-ESTIMATES[activation_gradient] = activation_gradient_cohort
 
 
 def _group_sums(stack: CohortStack, linear: PrunableLinear) -> torch.Tensor:

@@ -28,7 +28,8 @@ from dataclasses import replace
 
 import torch
 
-from fedsim.errors import ConfigError, unknown
+from fedsim.errors import ConfigError
+from fedsim.learn.entries import RULES
 from fedsim.learn.merge.coverage import Coverage, sides
 from fedsim.learn.merge.differences import (
     ByDifferences,
@@ -46,6 +47,7 @@ from fedsim.learn.merge.padded import hetlora, ranks_within, update_norms, zero_
 from fedsim.learn.merge.stacked import stack
 from fedsim.learn.model.adapter import Adapter, Factors
 from fedsim.learn.model.linears import COLUMN_PRUNED, PrunableLinear, prunable_linears
+from fedsim.registry import loaded
 from fedsim.settings import AggregateSettings
 from fedsim.structure import ModelShape
 
@@ -186,17 +188,6 @@ def one_rank(merging: Merging) -> int:
     return ranks.pop()
 
 
-RULES: dict[str, Rule] = {
-    "lowrank": lowrank,
-    "average_factors": average_factors,
-    "zero_pad": zero_pad,
-    "hetlora": hetlora,
-    "flexlora": flexlora,
-    "stack": stack,
-}
-"""Aggregation rules by the name in ``aggregate.rule``. Register a rule of your own by adding an entry."""
-
-
 _BY_DIFFERENCES: dict[Rule, ByDifferences] = {
     lowrank: by_products(lambda coverage: coverage),
     flexlora: by_products(_unaware),
@@ -232,9 +223,8 @@ def find_rule(name: str) -> Rule:
     Raises:
         ConfigError: there is none.
     """
-    if name not in RULES:
-        raise ConfigError(unknown("aggregate.rule", name, RULES))
-    return RULES[name]
+    rule: Rule = loaded(RULES.named(name).merge)
+    return rule
 
 
 def _mean_update(merging: Merging, linear: PrunableLinear, coverage: Coverage) -> tuple[torch.Tensor, torch.Tensor]:

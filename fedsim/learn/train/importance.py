@@ -19,22 +19,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedsim.contracts.common import FloatArray
-from fedsim.errors import ConfigError, unknown
+from fedsim.errors import ConfigError
+from fedsim.learn.entries import CRITERIA
 from fedsim.learn.model.backbone import Backbone
 from fedsim.learn.model.linears import COLUMN_PRUNED, HEAD_ROLES, PrunableLinear, group_width, prunable_linears
 from fedsim.learn.train.salience import salience
+from fedsim.registry import loaded
 from fedsim.rng import Stream, generator
 from fedsim.structure import ModelShape
 
 if TYPE_CHECKING:
     from fedsim.learn.model.lora import LoraModel
+
+__all__ = [
+    "CRITERIA",
+    "DECAY",
+    "Criterion",
+    "GroupScores",
+    "activation_gradient",
+    "find_criterion",
+    "lora_guided",
+    "lora_importance",
+    "magnitude",
+    "random_scores",
+    "smooth",
+]
 
 DECAY = 0.9
 """Weight of the old average, per local iteration."""
@@ -197,6 +213,16 @@ def random_scores(shape: ModelShape, seed: int, client: int) -> GroupScores:
     return GroupScores(draws.random((shape.layers, shape.head_groups)), draws.random((shape.layers, shape.ffn)))
 
 
+def magnitude_of(backbone: Backbone, seed: int, client: int) -> GroupScores:
+    """`magnitude`, as a criterion is called."""
+    return magnitude(backbone)
+
+
+def random_of(backbone: Backbone, seed: int, client: int) -> GroupScores:
+    """`random_scores`, as a criterion is called."""
+    return random_scores(backbone.shape, seed, client)
+
+
 @torch.no_grad()
 def lora_importance(model: LoraModel) -> float:
     """Mean of |B * grad B| over all entries of all B, from the last backward pass: FedSpine's I (our reading).
@@ -216,37 +242,36 @@ def lora_importance(model: LoraModel) -> float:
 
 @dataclass(frozen=True)
 class Criterion:
-    """How groups are scored; exactly one of the two is given.
+    """How groups are scored; exactly one of the first two is given.
 
     Attributes:
         estimate: from the model right after a backward pass; averaged over local iterations by `smooth`. NaN marks
             groups that were not measured.
         static: from (backbone, seed, client), once; no gradients, no average.
+        cohort: `estimate` for clients that are trained together, from a `fedsim.learn.cohort.stack.CohortStack` to
+            `fedsim.learn.cohort.scores.CohortScores`; None where there is the reference form only.
         watches: whether `estimate` reads inputs of Linears and their gradients, which are then kept for it.
         same_for_all: whether `static` ignores seed and client, so that one result serves the fleet.
     """
 
     estimate: Callable[[LoraModel], GroupScores] | None = None
     static: Callable[[Backbone, int, int], GroupScores] | None = None
+    cohort: Callable[[Any], Any] | None = None
     watches: bool = False
     same_for_all: bool = False
 
 
-CRITERIA: dict[str, Criterion] = {
-    "lora_guided": Criterion(estimate=lora_guided),
-    "activation_gradient": Criterion(estimate=activation_gradient, watches=True),
-    "magnitude": Criterion(static=lambda backbone, seed, client: magnitude(backbone), same_for_all=True),
-    "random": Criterion(static=lambda backbone, seed, client: random_scores(backbone.shape, seed, client)),
-}
-"""Criteria by the name that ``prune.criterion`` gives; a user's own is one more entry."""
-
-
 def find_criterion(name: str) -> Criterion:
-    """The criterion called `name`.
+    """The criterion called `name`, with its functions.
 
     Raises:
         ConfigError: there is none.
     """
-    if name not in CRITERIA:
-        raise ConfigError(f"prune.criterion: {unknown('value', name, CRITERIA)}")
-    return CRITERIA[name]
+    entry = CRITERIA.named(name)
+    return Criterion(
+        estimate=loaded(entry.estimate),
+        static=loaded(entry.static),
+        cohort=loaded(entry.cohort),
+        watches=entry.watches,
+        same_for_all=entry.same_for_all,
+    )
