@@ -589,6 +589,7 @@ def test_a_sweep_says_which_cells_are_missing(tmp_path):
     cells += [{"state": "failed", "label": f"cell {index}", "error": "ValueError: no\nmore"} for index in range(4)]
     (tmp_path / "sweep.json").write_text(json.dumps({"cells": cells}))
     (note,) = sweep_notes([tmp_path, tmp_path / "elsewhere"])
+    assert sweep_notes(sorted(tmp_path.iterdir())) == [note]  # SWEEP/* names the list of cells itself
     assert f"sweep '{tmp_path}' lacks 4 of 5 cells: cell 0 (failed, ValueError: no); cell 1" in note
     assert note.endswith("and 1 more")
     comparison = compare([hand_run("fedlora", 0, [10], [0.9])], notes=[note])
