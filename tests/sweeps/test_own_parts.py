@@ -68,7 +68,7 @@ def test_a_file_imported_already_is_not_imported_again(tmp_path):
 
 def test_every_kind_of_name_is_looked_up(tmp_path):
     fedsim.register_selection("first", lambda candidates, count, context: candidates[:count])
-    settings = {"train.engine": "none", "fleet.clients": 4, "server.rounds": 1, "server.clients_per_round": 2}
+    settings = {"method": "fedlora", "train.engine": "none", "fleet.clients": 4, "server.clients_per_round": 2}
     with pytest.raises(RunError, match=r"^server\.selection 'first' is registered in the process"):
         fedsim.sweep(
             "quickstart",
