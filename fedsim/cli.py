@@ -122,13 +122,12 @@ def _run(arguments: argparse.Namespace) -> None:
     _import_own(arguments)
     out = arguments.out or default_directory(arguments.config, overrides)
     options: dict[str, Any] = {"resume": arguments.resume, "force": arguments.force, "quiet": arguments.quiet}
-    if draws is None:
-        result = run(arguments.config, out=out, **options, **overrides)
-        print(result.summary())
-        return
-    for draw in range(draws):
-        result = run(arguments.config, out=out / f"draw-{draw:03d}", profile_draw=draw, **options, **overrides)
-        print(result.summary())
+    result = run(arguments.config, out=out, **options, **overrides)
+    print(result.summary())
+    if draws is not None:
+        from fedsim.study.profile_error import time_again
+
+        time_again(result.path, draws, print)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -173,7 +172,13 @@ def _compare(arguments: argparse.Namespace) -> None:
         # Before the table: what is refused here (a round that is not there) is then all that is said.
         paths = write_figures(runs, arguments.out, arguments.round, list(comparison.rows["method"]))
         paths += _write_speedups(comparison, arguments.out)
-    print(json.dumps(comparison.as_dict(), indent=2) if arguments.json else comparison.as_text())
+    from fedsim.study.draw_bands import draw_bands, draw_text
+
+    bands = draw_bands(runs, comparison.target_accuracy)
+    if arguments.json:
+        print(json.dumps(comparison.as_dict() | ({"profile_error": bands} if bands else {}), indent=2))
+    else:
+        print(comparison.as_text() + (f"\n{draw_text(bands)}" if bands else ""))
     if paths:
         print(f"{len(paths)} files written to {arguments.out}", file=sys.stderr)
 
@@ -338,6 +343,15 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     print(result.as_text())
 
 
+def _retime(arguments: argparse.Namespace) -> None:
+    from fedsim.records.reader import load
+    from fedsim.study.retime import retime_run
+
+    _import_own(arguments)
+    path = retime_run(load(arguments.run), arguments.out, arguments.fleet, arguments.mode, arguments.links)
+    print(load(path).summary())
+
+
 _ACTIONS: dict[str, Action] = {
     "run": _run,
     "sweep": _sweep,
@@ -350,6 +364,7 @@ _ACTIONS: dict[str, Action] = {
     "estimate": _estimate,
     "validate": _validate,
     "calibrate": _calibrate,
+    "retime": _retime,
 }
 
 

@@ -28,19 +28,7 @@ def make_parser(version: str, actions: Mapping[str, Action]) -> argparse.Argumen
     )
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (
-        _run,
-        _sweep,
-        _compare,
-        _report,
-        _surrogate,
-        _export,
-        _bench,
-        _devices,
-        _estimate,
-        _validate,
-        _calibrate,
-    ):
+    for add in _COMMANDS:
         add(commands)
     for name, command in commands.choices.items():
         command.set_defaults(action=actions[name], parser=command)
@@ -61,7 +49,7 @@ def _run(commands: Commands) -> None:
         "--profile-error",
         metavar="N",
         type=int,
-        help="repeat the run over N draws of the device profiles from their error bands, in DIR/draw-000 and so on",
+        help="then time the finished run again on N draws of devices and links from their bands, without training",
     )
     _add_import(run)
     run.add_argument("--quiet", action="store_true", help="no progress")
@@ -260,6 +248,21 @@ def _add_comparison(command: argparse.ArgumentParser) -> None:
     command.add_argument("--where", metavar="KEY=VALUE", action="append", default=[], help=WHERE_HELP)
 
 
+def _retime(commands: Commands) -> None:
+    retime = commands.add_parser(
+        "retime",
+        help="a finished run under other devices, power modes or links, without training again",
+        description="Write a finished run as it would have been timed on another fleet. Refused where the order of "
+        "merges, who took part, or what the policy chose hangs on the clock.",
+    )
+    retime.add_argument("run", metavar="RUN", type=user_path, help="run directory, finished, with client_rounds")
+    retime.add_argument("--fleet", metavar="FLEET", help="fleet or its file (default: the run's)")
+    retime.add_argument("--mode", metavar="MODE", help="power mode of every device, or fastest, or uniform")
+    retime.add_argument("--links", metavar="FLEET", help="fleet whose links are taken (default: its own)")
+    retime.add_argument("--out", metavar="DIR", type=user_path, required=True, help="run directory to make")
+    _add_import(retime)
+
+
 _COMMANDS = (
     _run,
     _sweep,
@@ -272,4 +275,5 @@ _COMMANDS = (
     _estimate,
     _validate,
     _calibrate,
+    _retime,
 )

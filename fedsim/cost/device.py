@@ -355,22 +355,3 @@ def stack_rates(rates: Sequence[Rates]) -> Rates:
     """Rates of many clients as arrays of shape ``(len(rates),)``."""
     columns = {f.name: np.array([getattr(r, f.name) for r in rates], dtype=np.float64) for f in fields(Rates)}
     return Rates(**columns)
-
-
-def perturbed(profile: DeviceProfile, rng: np.random.Generator) -> DeviceProfile:
-    """A profile drawn from the bands: every shared number and every mode's power uniform in [low, high] (ours).
-
-    A mode's clocks and multiprocessors move too where the file gives them a band. One uniform number is drawn per
-    quantity in a fixed order, so equal generators give equal profiles.
-    """
-
-    def draw(quantity: Quantity) -> Quantity:
-        value = quantity.low + (quantity.high - quantity.low) * rng.uniform()
-        return replace(quantity, value=value)
-
-    modes = {}
-    for name, mode in profile.modes.items():
-        numbers: dict[str, Any] = {field: draw(getattr(mode, field)) for field in _MODE_KINDS}
-        modes[name] = replace(mode, **numbers)
-    shared: dict[str, Any] = {field: draw(getattr(profile, field)) for field in _PROFILE_KINDS}
-    return replace(profile, modes=modes, **shared)

@@ -19,7 +19,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 from fedsim.cost.setting import Precision, StepSetting
 from fedsim.cost.shapes import load_shape
@@ -225,9 +225,9 @@ def _setting(where: str, text: Any, number: Any) -> dict[str, Any]:
 
 
 def _precision(where: str, name: str) -> Precision:
-    if name == "fp32" or name == "fp16":
-        return name
-    raise DataError(f"{where}: precision is '{name}' (allowed: fp32, fp16)")
+    if name not in get_args(Precision):
+        raise DataError(f"{where}: precision is '{name}' ({_allowed(get_args(Precision))})")
+    return cast(Precision, name)
 
 
 def _allowed(options: Iterable[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fedsim.contracts.flights import Arrivals, Learned
-from fedsim.cost.device import DeviceProfile, perturbed
+from fedsim.cost.bands import joint_samples
+from fedsim.cost.device import DeviceProfile
 from fedsim.errors import RunError
 from fedsim.methods.catalogue import method_named
 from fedsim.places import user_path
@@ -24,7 +24,6 @@ from fedsim.records.folder import CHECKPOINT, MANIFEST, PARTS, RunDirectory, che
 from fedsim.records.reader import Run, load
 from fedsim.records.writer import RecordWriter, round_row
 from fedsim.resources import resource_folder
-from fedsim.rng import Stream, generator
 from fedsim.runner.build import Experiment, build
 from fedsim.runner.config import build_config, config_hash, config_yaml, find_config, read_tree
 from fedsim.runner.progress import Progress
@@ -143,7 +142,7 @@ def _prepare(config: Config, quiet: bool, profile_draw: int | None, done: int) -
     check_trackers(config.records)
     mark = " [surrogate]" if config.train.engine == "surrogate" else ""
     progress = Progress(f"{config.method} seed {config.seed}{mark}", config.server.rounds, done, quiet)
-    return build(config, progress.say, perturbation(config.seed, profile_draw)), progress
+    return build(config, progress.say, perturbation(profile_draw)), progress
 
 
 def _play(directory: RunDirectory, config: Config, quiet: bool, profile_draw: int | None) -> None:
@@ -295,16 +294,8 @@ def _git_state() -> dict[str, object] | None:
         return None
 
 
-def perturbation(seed: int, draw: int | None) -> Callable[[DeviceProfile], DeviceProfile] | None:
-    """Each profile drawn once per draw, by its name, whatever the fleet's order."""
+def perturbation(draw: int | None) -> Callable[[DeviceProfile], DeviceProfile] | None:
+    """Each profile's joint sample of that number (`fedsim.cost.bands`), the same in every run; None for None."""
     if draw is None:
         return None
-    drawn: dict[str, DeviceProfile] = {}
-
-    def perturb(profile: DeviceProfile) -> DeviceProfile:
-        if profile.name not in drawn:
-            key = zlib.crc32(profile.name.encode())
-            drawn[profile.name] = perturbed(profile, generator(seed, Stream.PROFILE_ERROR, draw, key))
-        return drawn[profile.name]
-
-    return perturb
+    return lambda profile: joint_samples(profile).drawn(draw)

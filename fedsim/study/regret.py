@@ -190,7 +190,7 @@ def _rebuilt(run: Run, config: Config, rows: pd.DataFrame) -> tuple[Fleet, Feder
         }
     )
     draw = run.manifest.get("profile_draw")
-    experiment = build(calm, lambda line: None, perturbation(config.seed, draw))
+    experiment = build(calm, lambda line: None, perturbation(draw))
     fleet = experiment.fleet
     links = replace(fleet.links, jitter_sigma=np.zeros_like(fleet.links.jitter_sigma))
     fleet = replace(fleet, links=links, compute_jitter_sigma=0.0)

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from fedsim.cost.bands import joint_samples
 from fedsim.cost.describe import devices_json, devices_text, profile_as_dict, profile_text
 from fedsim.cost.device import (
     Rates,
     load_profile,
     parse_profile,
-    perturbed,
     profile_names,
     rates_of,
     stack_rates,
@@ -201,14 +201,15 @@ def test_a_changed_profile_changes_the_time(content, field):
     assert seconds(slower) > seconds(content)
 
 
-def test_draws_stay_in_the_bands_and_follow_the_generator():
+def test_draws_stay_in_the_bands_and_repeat():
     profile = load_profile("jetson-agx-xavier")
-    drawn = [perturbed(profile, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    drawn = [joint_samples(load_profile("jetson-agx-xavier")).drawn(draw) for draw in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    shares = [perturbed(profile, np.random.default_rng(seed)).efficiency_fp32.value for seed in range(200)]
+    shares = joint_samples(profile).numbers["efficiency_fp32"]
     band = profile.efficiency_fp32
-    assert band.low <= min(shares) < band.low + 0.05
-    assert band.high - 0.05 < max(shares) <= band.high
+    assert band.low <= shares.min() < band.low + 0.05
+    assert band.high - 0.05 < shares.max() <= band.high
+    assert np.median(shares) == pytest.approx(band.value, rel=0.02)
     assert drawn[0].modes["MAXN"].gpu_clock == profile.modes["MAXN"].gpu_clock
 
 
