@@ -87,7 +87,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
-    return make_parser(_version(), _ACTIONS)
+    return make_parser(_version, _ACTIONS)
 
 
 def _import_own(arguments: argparse.Namespace) -> None:
@@ -242,7 +242,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from fedsim.bench.all_sections import bench
     from fedsim.bench.options import Options
-    from fedsim.bench.text import report_text
+    from fedsim.bench.report_text import report_text
 
     options = Options(
         torch_device=arguments.torch_device,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from fedsim.bench.control import measure_control, measure_memory
+from fedsim.bench.controller_cost import measure_control, measure_memory
 from fedsim.bench.engines import measure_chunks, measure_engines
 from fedsim.bench.machine import host_facts
 from fedsim.bench.measure import Findings

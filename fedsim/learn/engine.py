@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from fedsim.errors import ConfigError
+from fedsim.learn.cohort.chunk_memory import client_bytes, default_budget_bytes
 from fedsim.learn.cohort.forward import CohortModel
-from fedsim.learn.cohort.memory import client_bytes, default_budget_bytes
 from fedsim.learn.cohort.plan import ChunkPlan
 from fedsim.learn.cohort.stack import Base
 from fedsim.learn.cohort.tester import CohortTester

@@ -18,8 +18,8 @@ from fedsim.errors import RunError
 from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, parse_json, writing
 from fedsim.locks import acquire, release
 from fedsim.records.folder import LOCK, MANIFEST, SWEEP_BOOK, read_manifest
+from fedsim.sweeps.cell_jobs import Done
 from fedsim.sweeps.cells import SweepPlan
-from fedsim.sweeps.jobs import Done
 
 BOOK = SWEEP_BOOK
 ERROR = "error.txt"

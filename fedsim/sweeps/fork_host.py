@@ -22,7 +22,7 @@ from pathlib import Path
 
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.places import user_path
-from fedsim.sweeps.jobs import Done, Job, Setup, run_cell
+from fedsim.sweeps.cell_jobs import Done, Job, Setup, run_cell
 
 READY = "ready"
 _FOR_RUNS = ("fedsim.runner.run",)

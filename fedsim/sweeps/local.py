@@ -11,8 +11,8 @@ from typing import Protocol
 
 from fedsim.errors import RunError
 from fedsim.sweeps.book import SweepBook
+from fedsim.sweeps.cell_jobs import Done, Job, Setup
 from fedsim.sweeps.fork_host import READY
-from fedsim.sweeps.jobs import Done, Job, Setup
 
 _CODE = "import sys; sys.path[:] = {path!r}; from fedsim.sweeps.fork_host import main; main({descriptor})"
 # torch takes its number from train.threads; these keep other libraries from starting a thread per core and cell.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fedsim.records.checkpoint import saved_rounds
 from fedsim.records.folder import CHECKPOINT
+from fedsim.sweeps.cell_jobs import Done
 from fedsim.sweeps.cells import SweepPlan
-from fedsim.sweeps.jobs import Done
 
 SILENCE_S = 60.0
 """After this long without a word, a line for each cell that runs."""

@@ -28,7 +28,7 @@ from fedsim.errors import FedsimError, RunError
 from fedsim.files import TEMPORARY_SUFFIX, writing
 from fedsim.records.folder import LOCK, MANIFEST
 from fedsim.sweeps.book import SweepBook, read_book
-from fedsim.sweeps.jobs import Done, Job, Setup
+from fedsim.sweeps.cell_jobs import Done, Job, Setup
 from fedsim.sweeps.local import CellHost
 
 LOCAL = "local"

@@ -19,10 +19,10 @@ from fedsim.records.reader import Run, load
 from fedsim.runner.config import value_text
 from fedsim.runner.names import own_names
 from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, error_text, open_book, read_book
+from fedsim.sweeps.cell_jobs import Job, Setup
 from fedsim.sweeps.cells import Grid, SweepPlan, plan_sweep
 from fedsim.sweeps.checks import check_cells
 from fedsim.sweeps.fork_host import being_imported, import_user_modules
-from fedsim.sweeps.jobs import Job, Setup
 from fedsim.sweeps.local import LocalPool, Pool, usable_cores
 from fedsim.sweeps.news import SweepNews
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedsim.bench.control import _context, _feedback, measure_memory
+from fedsim.bench.controller_cost import _context, _feedback, measure_memory
 from fedsim.bench.options import Options
 from fedsim.bench.simulator import _METHODS, _RATES, _timing_only, _trace_hash
 from fedsim.control.sucb import SUcb

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedsim.errors import ModelError
-from fedsim.learn.cohort.memory import client_bytes
+from fedsim.learn.cohort.chunk_memory import client_bytes
 from fedsim.learn.cohort.pack import pack
 from fedsim.learn.cohort.stack import CohortStack, Member
 from fedsim.learn.cohort.tester import CohortTester

@@ -11,7 +11,7 @@ import torch
 from cohort_toys import Toy, toy
 from torch.profiler import ProfilerActivity, profile
 
-from fedsim.learn.cohort.memory import client_bytes, default_budget_bytes
+from fedsim.learn.cohort.chunk_memory import client_bytes, default_budget_bytes
 from fedsim.learn.cohort.pack import pack
 from fedsim.learn.train.batches import EncodedText
 from fedsim.structure import Structure

@@ -12,7 +12,7 @@ from fedsim.bench.all_sections import bench
 from fedsim.bench.engines import measure_engines
 from fedsim.bench.measure import BenchError, Check, Row, Target, Turns, in_turn, rate_row, speedup
 from fedsim.bench.options import SECTIONS, Options
-from fedsim.bench.text import report_text
+from fedsim.bench.report_text import report_text
 from fedsim.cli import main
 from fedsim.errors import ConfigError
 from fedsim.structure import ModelShape

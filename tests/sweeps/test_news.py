@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from fedsim.sweeps import news
+from fedsim.sweeps.cell_jobs import Done
 from fedsim.sweeps.cells import plan_sweep
-from fedsim.sweeps.jobs import Done
 from fedsim.sweeps.news import SILENCE_S, SweepNews, duration_text
 
 

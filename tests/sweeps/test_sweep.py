@@ -23,8 +23,8 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
 from fedsim.records.reader import find_runs
 from fedsim.sweeps.book import open_book, read_book
+from fedsim.sweeps.cell_jobs import Done
 from fedsim.sweeps.cells import plan_sweep
-from fedsim.sweeps.jobs import Done
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {

@@ -17,8 +17,8 @@ from fedsim.errors import RunError
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
 from fedsim.sweeps import ray_cluster
 from fedsim.sweeps.book import open_book, read_book
+from fedsim.sweeps.cell_jobs import Job, Setup
 from fedsim.sweeps.cells import plan_sweep
-from fedsim.sweeps.jobs import Job, Setup
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {

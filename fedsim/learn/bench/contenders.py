@@ -13,7 +13,7 @@ from fedsim.contracts.learning import LocalRequest
 from fedsim.errors import ConfigError
 from fedsim.learn.assemble import torch_device
 from fedsim.learn.bench.case import EngineCase
-from fedsim.learn.bench.plain import PlainPeft
+from fedsim.learn.bench.peft_loop import PlainPeft
 from fedsim.learn.engine import Engine, chosen_precision, chunk_clients, make_engine
 from fedsim.learn.model.adapter import Adapter, initial_adapter, restrict
 from fedsim.learn.model.backbone import Backbone, find_minilm, load_backbone
