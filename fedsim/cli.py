@@ -157,6 +157,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
+    from fedsim.errors import ConfigError
     from fedsim.records.reader import find_runs
     from fedsim.study.choose import choose_runs
     from fedsim.study.compare import compare
@@ -167,11 +168,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))
     paths = []
     if arguments.out is not None:
+        from fedsim.file_set import publishing
         from fedsim.plots import write_figures
 
         # Before the table: what is refused here (a round that is not there) is then all that is said.
-        paths = write_figures(runs, arguments.out, arguments.round, list(comparison.rows["method"]))
-        paths += _write_speedups(comparison, arguments.out)
+        with publishing(arguments.out) as staging:
+            paths = write_figures(runs, staging, arguments.round, list(comparison.rows["method"]))
+            paths += _write_speedups(comparison, staging)
+    elif arguments.round is not None:
+        raise ConfigError("--round chooses the round of a figure, and no figures are drawn without --out DIR")
     from fedsim.study.draw_bands import draw_bands, draw_text
 
     bands = draw_bands(runs, comparison.target_accuracy)

@@ -26,6 +26,7 @@ LEVELS = {
     "yaml_text": 1,
     "files": 2,
     "locks": 3,
+    "file_set": 3,
     "parser": 2,
     "registry": 1,
     "state": 2,

@@ -17,6 +17,7 @@ from fedsim.methods import (
     tune_then_prune,
 )
 from fedsim.methods.base import Method
+from fedsim.places import check_name
 from fedsim.registry import Catalogue
 
 METHODS: Catalogue[Method] = Catalogue(
@@ -61,4 +62,5 @@ def register_method(name: str, method: Method) -> None:
     METHODS.check_free(name)
     if not isinstance(method, Method) or method.name != name:
         raise ConfigError(f"register_method: '{name}' needs a fedsim.Method whose name is '{name}', not {method!r}")
+    check_name("method", name)
     METHODS.add(method)

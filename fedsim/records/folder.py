@@ -13,9 +13,17 @@ from types import TracebackType
 from typing import Any
 
 from fedsim.errors import RunError
-from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, parse_json, sync_folder, writing
+from fedsim.files import atomic_write_json, atomic_write_text, parse_json, writing
 from fedsim.locks import acquire, release
 from fedsim.places import user_path
+from fedsim.records.own_files import (
+    CONFIG_MARK,
+    is_config_of_run,
+    is_leftover,
+    refuse_foreign_run,
+    remove_leftovers,
+    remove_run,
+)
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -24,9 +32,6 @@ CHECKPOINT = "checkpoint"
 LOCK = ".lock"
 SWEEP_BOOK = "sweep.json"
 """In a folder of runs that a sweep made."""
-
-_OWN_FILES = (MANIFEST, CONFIG, "rounds.parquet", "client_rounds.parquet", "events.parquet")
-_OWN_FOLDERS = (PARTS, CHECKPOINT, "adapter", "tensorboard", "wandb")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -82,9 +87,11 @@ class RunDirectory:
         lock = _acquire(path)
         try:
             if force:
-                _remove_run(path)
+                refuse_foreign_run(path)
+                remove_run(path)
             else:
                 _refuse_used(path)
+                remove_leftovers(path)
         except BaseException:
             release(lock)
             raise
@@ -105,6 +112,7 @@ class RunDirectory:
         lock = _acquire(path)
         try:
             manifest = read_manifest(path)
+            remove_leftovers(path)
         except BaseException:
             release(lock)
             raise
@@ -122,9 +130,9 @@ class RunDirectory:
         self._manifest = dict(manifest)
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a text file of the run."""
+        """Write a text file of the run; ``config.yaml`` with the line by which it is known as ours."""
         self._check_held()
-        atomic_write_text(self.path / name, text)
+        atomic_write_text(self.path / name, CONFIG_MARK + text if name == CONFIG else text)
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder of the run, if it is there."""
@@ -161,7 +169,9 @@ def check_usable(path: Path, force: bool) -> None:
         raise RunError(f"run directory '{path}' is a file; give another folder (--out)")
     if (path / LOCK).exists():
         release(_acquire(path))
-    if not force:
+    if force:
+        refuse_foreign_run(path)
+    else:
         _refuse_used(path)
 
 
@@ -185,23 +195,10 @@ def _refuse_used(path: Path) -> None:
     foreign = sorted(
         entry.name
         for entry in path.iterdir()
-        if entry.name not in (LOCK, CONFIG) and not entry.name.endswith(TEMPORARY_SUFFIX)
+        if entry.name != LOCK and not (entry.name == CONFIG and is_config_of_run(entry)) and not is_leftover(entry.name)
     )
     if foreign:
         raise RunError(
             f"run directory '{path}' is not empty and holds no {MANIFEST} (first entry: '{foreign[0]}'): "
             "give another folder (--out), or write into it with --force"
         )
-
-
-def _remove_run(path: Path) -> None:
-    """Remove a run's own files; the manifest first, so that what is left by a kill never looks like a run."""
-    with writing(path):
-        for name in _OWN_FILES:
-            (path / name).unlink(missing_ok=True)
-        for name in _OWN_FOLDERS:
-            if (path / name).is_dir():
-                shutil.rmtree(path / name)
-        for leftover in path.glob(f".*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
-        sync_folder(path)

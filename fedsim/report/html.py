@@ -33,6 +33,10 @@ class Section:
     body: str
 
 
+MARK = '<meta name="generator" content="fedsim">'
+"""In the head of every page, by which it is known as ours."""
+
+
 def escaped(text: object) -> str:
     """Text as HTML."""
     return html.escape(str(text), quote=True)
@@ -107,6 +111,7 @@ def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     body = "".join(f'<section id="{one.name}"><h2>{escaped(one.title)}</h2>{one.body}</section>' for one in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{MARK}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
         "script-src 'unsafe-inline'; img-src data:\">"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsim.errors import RunError
+from fedsim.file_set import check_replaceable
 from fedsim.files import atomic_write_text, writing
 from fedsim.places import user_path
 from fedsim.records.folder import MANIFEST
 from fedsim.records.reader import Run, find_runs
 from fedsim.report import sections
-from fedsim.report.html import bullets, details, escaped, page, paragraph
+from fedsim.report.html import MARK, bullets, details, escaped, page, paragraph
 from fedsim.report.material import Material, gather
 from fedsim.study.choose import choose_runs
 from fedsim.study.compare import Comparison, compare
@@ -45,8 +45,7 @@ def write_report(
     """
     given = [user_path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
     path = user_path(out) if out is not None else given[0] / REPORT if len(given) == 1 else Path(REPORT)
-    if path.is_dir():
-        raise RunError(f"--out: '{path}' is a folder; give the name of a file, such as {path / REPORT}")
+    check_replaceable(path, (".html", ".htm"), MARK.encode(), "report")
     runs = choose_runs(find_runs(given), where)
     tops = _tops(given)
     title = ", ".join([str(given[0]) if len(given) == 1 else _counted(runs, tops), *where])

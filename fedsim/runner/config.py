@@ -213,6 +213,14 @@ def _faults(config: Config, method: Method) -> Iterator[str]:
             f"prune.end_round: value {prune.end_round} is not allowed (at most server.rounds = {config.server.rounds}, "
             "or the target is never reached; null takes three quarters of them)"
         )
+    reached = (config.server.rounds - config.prune_warmup_rounds) * (prune.max_step or 1.0)
+    if iterative and config.prune_warmup_rounds < config.server.rounds and reached < prune.target - 1e-9:
+        yield (
+            f"prune.max_step: value {prune.max_step} is not allowed (in {config.server.rounds} rounds with a warm-up of "
+            f"{config.prune_warmup_rounds} no device gets beyond a ratio of {reached:.3g}, and prune.target = "
+            f"{prune.target} is never reached; at least "
+            f"{prune.target / (config.server.rounds - config.prune_warmup_rounds):.2g}, or null)"
+        )
     if iterative and prune.structure == "common" and config.prune_warmup_rounds < 1:
         yield (
             "prune.warmup_rounds: value 0 is not allowed with prune.structure common (at least 1: the averaged "

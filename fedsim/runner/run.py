@@ -20,7 +20,7 @@ from fedsim.errors import RunError
 from fedsim.methods.catalogue import method_named
 from fedsim.places import user_path
 from fedsim.records.checkpoint import CheckpointPace, has_checkpoint, load_checkpoint, save_checkpoint
-from fedsim.records.folder import CHECKPOINT, MANIFEST, PARTS, RunDirectory, check_usable
+from fedsim.records.folder import CHECKPOINT, CONFIG, MANIFEST, PARTS, RunDirectory, check_usable
 from fedsim.records.reader import Run, load
 from fedsim.records.writer import RecordWriter, round_row
 from fedsim.resources import resource_folder
@@ -74,6 +74,11 @@ def run(
             _same_draw(directory, profile_draw)
             _play(directory, checked, quiet, profile_draw)
         return load(path)
+    if isinstance(config, (str, Path)) and find_config(config).resolve() == (path / CONFIG).resolve():
+        raise RunError(
+            f"'{path / CONFIG}' is the configuration to be run, and the run would write its own there: give another "
+            "folder (--out)"
+        )
     check_usable(path, force)
     # What is wrong with the configuration must show before anything in the directory is touched.
     experiment, progress = _prepare(checked, quiet, profile_draw, done=0)

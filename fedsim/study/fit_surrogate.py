@@ -15,6 +15,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from fedsim.contracts.common import FloatArray
+from fedsim.file_set import check_replaceable
 from fedsim.files import atomic_write_json
 from fedsim.learn.standins.surrogate_model import (
     Contribution,
@@ -62,9 +63,11 @@ def fit_surrogate(run: str | Path, out: str | Path) -> SurrogateModel:
     Raises:
         RunError: the run is unfinished, not trained, or too short (see `source_rows`); `out` cannot be written.
     """
+    out = user_path(out)
+    check_replaceable(out, (".json",), b"fedsim surrogate", "surrogate")
     source = load(run)
     model = fit(source)
-    atomic_write_json(user_path(out), model.model_dump(mode="json"))
+    atomic_write_json(out, model.model_dump(mode="json"))
     return model
 
 

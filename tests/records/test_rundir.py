@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 from fedsim.errors import RunError
 from fedsim.files import atomic_write_bytes, atomic_write_json, atomic_write_text
-from fedsim.records.folder import RunDirectory
+from fedsim.records.folder import RunDirectory, check_usable
+from fedsim.records.own_files import CONFIG_MARK
 
 HOLDER = """
 import sys, time
@@ -81,14 +83,54 @@ def test_force_removes_the_run_but_no_foreign_file(tmp_path):
     with RunDirectory.create(tmp_path, force=False) as directory:
         directory.write_manifest({"status": "finished"})
         directory.write_text("config.yaml", "seed: 1\n")
-    for own in ("parts", "checkpoint", "adapter"):
-        (tmp_path / own).mkdir()
-        (tmp_path / own / "file").write_text("x")
-    (tmp_path / "rounds.parquet").write_text("x")
-    (tmp_path / "notes.txt").write_text("mine")
+    own = [
+        "parts/rounds-000000-000005.parquet",
+        "checkpoint/round-000005/meta.json",
+        "adapter/adapter_config.json",
+        "tensorboard/events.out.tfevents.1",
+        "rounds.parquet",
+        ".rounds.parquet.12.tmp",
+    ]
+    foreign = ["notes.txt", "adapter/mine.txt", "checkpoint/mine/file", ".mine.tmp"]
+    for name in [*own, *foreign]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
     with RunDirectory.create(tmp_path, force=True) as directory:
         assert directory.manifest == {}
-        assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", "notes.txt"]
+        left = sorted(str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*") if entry.is_file())
+        assert left == sorted([".lock", *foreign])
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "checkpoint", "adapter", "rounds.parquet", "manifest.json", "wandb"])
+def test_force_overwrites_nothing_where_no_run_is(tmp_path, name):
+    if "." in name:
+        (tmp_path / name).write_text("{}")
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("precious")
+    for ask in (lambda: check_usable(tmp_path, force=True), lambda: RunDirectory.create(tmp_path, force=True)):
+        with pytest.raises(RunError, match=f"{re.escape(name)}' was not made by a run"):
+            ask()
+    assert (tmp_path / name).exists()
+
+
+def test_a_config_of_the_users_counts_as_a_foreign_file(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1  # my notes\n")
+    with pytest.raises(RunError, match=r"not empty.*config\.yaml"):
+        RunDirectory.create(tmp_path, force=False)
+    assert "my notes" in (tmp_path / "config.yaml").read_text()
+
+
+def test_what_a_killed_process_left_half_written_goes_at_resume(tmp_path):
+    with RunDirectory.create(tmp_path, force=False) as directory:
+        directory.write_manifest({"status": "running"})
+    left = [".client_rounds.parquet.77.tmp", "adapter/.head.safetensors.77.tmp", "checkpoint/.round-000003.tmp/state"]
+    for name in [*left, ".notes.tmp"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    RunDirectory.open_for_resume(tmp_path).close()
+    assert not any((tmp_path / name).exists() for name in left)
+    assert (tmp_path / ".notes.tmp").exists()
 
 
 def test_a_folder_with_foreign_files_is_refused(tmp_path):
@@ -99,7 +141,7 @@ def test_a_folder_with_foreign_files_is_refused(tmp_path):
 
 def test_what_a_kill_before_the_first_manifest_leaves_does_not_block_a_new_run(tmp_path):
     (tmp_path / ".lock").touch()
-    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / "config.yaml").write_text(f"{CONFIG_MARK}seed: 1\n")
     (tmp_path / ".manifest.json.12.tmp").write_text('{"sta')
     RunDirectory.create(tmp_path, force=False).close()
 
