@@ -159,13 +159,15 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> None:
     from fedsim.errors import ConfigError
     from fedsim.records.reader import find_runs
-    from fedsim.study.choose import choose_runs
+    from fedsim.study.choose import choose_runs, whole_runs
     from fedsim.study.compare import compare
     from fedsim.sweeps.notes import sweep_notes
 
     _import_own(arguments)
-    runs = choose_runs(find_runs(arguments.directories), arguments.where)
-    comparison = compare(runs, arguments.target_accuracy, arguments.baseline, sweep_notes(arguments.directories))
+    damaged: list[str] = []
+    runs = whole_runs(choose_runs(find_runs(arguments.directories, damaged), arguments.where), damaged)
+    notes = [*sweep_notes(arguments.directories), *damaged]
+    comparison = compare(runs, arguments.target_accuracy, arguments.baseline, notes)
     paths = []
     if arguments.out is not None:
         from fedsim.file_set import publishing

@@ -27,6 +27,7 @@ LEVELS = {
     "files": 2,
     "locks": 3,
     "file_set": 3,
+    "model_folder": 3,
     "parser": 2,
     "registry": 1,
     "state": 2,

@@ -19,7 +19,16 @@ from fedsim.cost.device import DeviceProfile, Rates, load_profile, rates_of, sta
 from fedsim.cost.estimate import compute_time
 from fedsim.cost.workload import Precision
 from fedsim.errors import ProfileError, unknown
-from fedsim.fleet.fleet_file import DeviceSpec, FleetFile, LinkSpec, Number, fleet_names, fleet_path, read_fleet_file
+from fedsim.fleet.fleet_file import (
+    DeviceSpec,
+    FleetFile,
+    LinkSpec,
+    Number,
+    fleet_names,
+    fleet_path,
+    profile_path,
+    read_fleet_file,
+)
 from fedsim.fleet.link import Links, download_seconds, transfer_seconds, upload_seconds
 from fedsim.rng import Stream, mean_one_jitter, uniforms
 from fedsim.settings import FleetSettings
@@ -240,7 +249,7 @@ def _load_profiles(path: Path, pattern: list[DeviceSpec], perturb: Perturb | Non
             continue
         own_file = reference.endswith((".yaml", ".yml"))
         try:
-            profile = load_profile(str(path.parent / reference) if own_file else reference)
+            profile = load_profile(profile_path(path, reference) if own_file else reference)
         except ProfileError as error:
             raise ProfileError(f"fleet file '{path}': {error}") from error
         if any(profile.name == other.name for other in profiles.values()):

@@ -197,6 +197,23 @@ def fleet_path(name: str) -> Path:
     raise ProfileError(f"fleet.name: {unknown('fleet', name, fleet_names())}, or the path of a YAML file")
 
 
+def profile_path(path: Path, reference: str) -> Path:
+    """The file of a profile that the fleet file `path` names: beside it, or one that travels with the package."""
+    if reference.endswith((".yaml", ".yml")):
+        return path.parent / user_path(reference)
+    return resource_folder("device_profiles") / f"{reference}.yaml"
+
+
+def profile_paths(path: Path) -> dict[str, Path]:
+    """The files of all profiles of a fleet file, by the names that it gives them.
+
+    Raises:
+        ProfileError: as of `read_fleet_file`.
+    """
+    references = dict.fromkeys(device.profile for device in read_fleet_file(path).devices)
+    return {reference: profile_path(path, reference) for reference in references}
+
+
 def read_fleet_file(path: Path) -> FleetFile:
     """Read and check a fleet file.
 

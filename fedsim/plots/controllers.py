@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.errors import RunError
-from fedsim.files import writing
+from fedsim.files import atomic_write_text, writing
 from fedsim.plots import frames
 from fedsim.plots.choice import policy_facts_of
 from fedsim.plots.figures import PANELS, SURROGATE
@@ -32,6 +32,7 @@ from fedsim.plots.style import (
 from fedsim.records.reader import Run
 from fedsim.study.belonging import Group, check_together, clock_text, group_runs
 from fedsim.study.regret import COLD_PARTICIPATIONS, Regret, regret
+from fedsim.text import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,7 @@ def write_regret_figures(runs: Sequence[Run], out: Path) -> list[Path]:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         table = summary(groups, known)
-        table.to_csv(out / "regret_summary.csv", index=False, lineterminator="\n")
+        atomic_write_text(out / "regret_summary.csv", csv_text(table))
     written = [out / "regret_summary.csv"]
 
     def sink(figure: Figure, frame: pd.DataFrame, name: str, mark: str | None) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from fedsim.files import atomic_write_bytes
+from fedsim.text import csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,7 +227,7 @@ def save(figure: Figure, frame: pd.DataFrame, out: Path, name: str, mark: str | 
         figure.savefig(content, format=kind, dpi=DPI, metadata=metadata)  # type: ignore[arg-type]
         atomic_write_bytes(out / f"{name}.{kind}", content.getvalue())
         paths.append(out / f"{name}.{kind}")
-    atomic_write_bytes(out / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n").encode("utf-8"))
+    atomic_write_bytes(out / f"{name}.csv", csv_text(frame).encode("utf-8"))
     return [*paths, out / f"{name}.csv"]
 
 

@@ -186,11 +186,13 @@ def load(path: str | Path) -> Run:
     return Run(path, config, manifest)
 
 
-def find_runs(paths: Iterable[str | Path]) -> list[Run]:
+def find_runs(paths: Iterable[str | Path], damaged: list[str] | None = None) -> list[Run]:
     """All runs at or below the given folders, in the order given, then by path; each once.
 
     Of several folders (``SWEEP/*``) those of a sweep that hold no runs, such as its figures, are passed over.
 
+    Args:
+        damaged: where it is given, a run that cannot be opened among others adds a sentence to it and is left out.
     Raises:
         RunError: no such directory, or no run below it.
     """
@@ -209,7 +211,14 @@ def find_runs(paths: Iterable[str | Path]) -> list[Run]:
         if not below:
             raise RunError(f"no run in '{path}': neither it nor a folder below it has a {MANIFEST}")
         for folder in below:
-            found.setdefault(folder.resolve(), load(folder))
+            try:
+                found.setdefault(folder.resolve(), load(folder))
+            except RunError as error:
+                if damaged is None or len(given) == len(below) == 1:
+                    raise
+                damaged.append(f"run '{folder}' is left out: {error}")
+    if damaged and not found:
+        raise RunError(damaged[0])
     return list(found.values())
 
 

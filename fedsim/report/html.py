@@ -11,6 +11,8 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from fedsim.text import csv_text
+
 _LONG = 40
 """Characters from which on a cell's text may break anywhere, in a column wide enough to read."""
 
@@ -99,7 +101,7 @@ def side_by_side(*figures: str) -> str:
 
 def csv_link(name: str, frame: pd.DataFrame) -> str:
     """A link that holds the whole table as CSV (numbers to six digits), and needs no server."""
-    text = frame.to_csv(index=False, lineterminator="\n", float_format="%.6g")
+    text = csv_text(frame, float_format="%.6g")
     data = quote(text, safe=" ,.:;-_/()=+")
     return f'<a download="{escaped(name)}.csv" href="data:text/csv;charset=utf-8,{data}">CSV</a>'
 

@@ -13,7 +13,7 @@ from fedsim.records.reader import Run, find_runs
 from fedsim.report import sections
 from fedsim.report.html import MARK, bullets, details, escaped, page, paragraph
 from fedsim.report.material import Material, gather
-from fedsim.study.choose import choose_runs
+from fedsim.study.choose import choose_runs, whole_runs
 from fedsim.study.compare import Comparison, compare
 from fedsim.study.reward_terms import missing_losses
 from fedsim.sweeps.notes import sweep_notes
@@ -46,10 +46,13 @@ def write_report(
     given = [user_path(folder) for folder in ([folders] if isinstance(folders, (str, Path)) else folders)]
     path = user_path(out) if out is not None else given[0] / REPORT if len(given) == 1 else Path(REPORT)
     check_replaceable(path, (".html", ".htm"), MARK.encode(), "report")
-    runs = choose_runs(find_runs(given), where)
+    damaged: list[str] = []
+    runs = whole_runs(choose_runs(find_runs(given, damaged), where), damaged)
     tops = _tops(given)
     title = ", ".join([str(given[0]) if len(given) == 1 else _counted(runs, tops), *where])
-    text = report_html(runs, title, target_accuracy, baseline, sweep_notes(given), tops if len(tops) > 1 else ())
+    text = report_html(
+        runs, title, target_accuracy, baseline, [*sweep_notes(given), *damaged], tops if len(tops) > 1 else ()
+    )
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(path, text)

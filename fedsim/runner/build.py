@@ -33,6 +33,7 @@ from fedsim.methods.base import Method
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.surrogate_use import check_use, labels_of_use
 from fedsim.rng import Stream, generator
+from fedsim.runner.identity import fleet_texts, identity
 from fedsim.runner.names import check_names
 from fedsim.runner.panel import draw_panel
 from fedsim.settings import Config
@@ -335,5 +336,7 @@ def _facts(config: Config, fleet: Fleet, clock_shape: ModelShape) -> dict[str, o
             "clients": fleet.clients,
             "classes": {str(name): int(count) for name, count in zip(classes, counts, strict=True)},
         },
+        "fleet_files": fleet_texts(config),
+        "identity": identity(config),
         "clock": clock,
     }

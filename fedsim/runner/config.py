@@ -215,11 +215,11 @@ def _faults(config: Config, method: Method) -> Iterator[str]:
         )
     reached = (config.server.rounds - config.prune_warmup_rounds) * (prune.max_step or 1.0)
     if iterative and config.prune_warmup_rounds < config.server.rounds and reached < prune.target - 1e-9:
+        least = prune.target / (config.server.rounds - config.prune_warmup_rounds)
         yield (
-            f"prune.max_step: value {prune.max_step} is not allowed (in {config.server.rounds} rounds with a warm-up of "
-            f"{config.prune_warmup_rounds} no device gets beyond a ratio of {reached:.3g}, and prune.target = "
-            f"{prune.target} is never reached; at least "
-            f"{prune.target / (config.server.rounds - config.prune_warmup_rounds):.2g}, or null)"
+            f"prune.max_step: value {prune.max_step} is not allowed (in {config.server.rounds} rounds with warm-up "
+            f"{config.prune_warmup_rounds} no ratio gets beyond {reached:.3g}, and prune.target = {prune.target} is "
+            f"never reached; at least {least:.2g}, or null)"
         )
     if iterative and prune.structure == "common" and config.prune_warmup_rounds < 1:
         yield (

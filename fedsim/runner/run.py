@@ -26,6 +26,7 @@ from fedsim.records.writer import RecordWriter, round_row
 from fedsim.resources import resource_folder
 from fedsim.runner.build import Experiment, build
 from fedsim.runner.config import build_config, config_hash, config_yaml, find_config, read_tree
+from fedsim.runner.identity import check_same, identity
 from fedsim.runner.progress import Progress
 from fedsim.runner.trackers import check_trackers, open_trackers
 from fedsim.settings import Config
@@ -68,6 +69,7 @@ def run(
     if resume and not force and (path / MANIFEST).exists():
         with RunDirectory.open_for_resume(path) as directory:
             checked = _same_config(directory, checked)
+            check_same(f"run '{path}'", directory.manifest.get("identity"), identity(checked))
             if directory.manifest["status"] == "finished":
                 directory.remove_folder(PARTS)  # left by a kill after the manifest was written
                 return load(path)

@@ -121,7 +121,11 @@ def check_together(runs: Sequence[Run]) -> list[str]:
     for what, of in (("data", _data), ("fleet", _fleet), ("clock (cost model)", _clock)):
         _refuse_different(runs, what, of)
     _refuse_different_splits(runs)
+    _refuse_changed_fleets(runs)
     warnings = []
+    for what in ("code of fedsim", "imported module"):
+        if len({_part_of_identity(run, what) for run in runs} - {None}) > 1:
+            warnings.append(f"the runs were made with different versions of the {what}")
     commits = sorted(
         {str((run.manifest.get("git") or {}).get("commit"))[:7] for run in runs if run.manifest.get("git")}
     )
@@ -133,6 +137,32 @@ def check_together(runs: Sequence[Run]) -> list[str]:
         warnings.append("the runs were made by different versions of fedsim")
     warnings += _auto_differed(runs)
     return warnings
+
+
+def _part_of_identity(run: Run, *beginnings: str) -> tuple[tuple[str, str], ...] | None:
+    """The hashes in a run's identity of what begins with one of these words; None where it has none."""
+    kept = run.manifest.get("identity")
+    if not isinstance(kept, Mapping):
+        return None
+    return tuple(sorted((str(what), str(digest)) for what, digest in kept.items() if what.startswith(beginnings)))
+
+
+def _refuse_changed_fleets(runs: Sequence[Run]) -> None:
+    """Refuse runs whose fleet file or device profiles have one name and different content."""
+    first: tuple[Run, dict[str, str]] | None = None
+    for run in runs:
+        parts = _part_of_identity(run, "fleet file", "device profile")
+        if parts is None:
+            continue
+        if first is None:
+            first = run, dict(parts)
+            continue
+        changed = sorted(what for what in {*first[1], *dict(parts)} if first[1].get(what) != dict(parts).get(what))
+        if changed:
+            raise RunError(
+                f"runs '{first[0].path}' and '{run.path}' were timed with different content of "
+                f"{', '.join(changed[:3])}: their times do not belong in one comparison"
+            )
 
 
 def _told_apart(rivals: Sequence[dict[str, str]]) -> list[str]:

@@ -39,6 +39,28 @@ def choose_runs(runs: Sequence[Run], where: Sequence[str]) -> list[Run]:
     return left
 
 
+def whole_runs(runs: Sequence[Run], damaged: list[str]) -> list[Run]:
+    """The runs whose tables can be read; each of the others adds a sentence to `damaged`.
+
+    Raises:
+        RunError: none can be read.
+    """
+    whole = []
+    for run in runs:
+        try:
+            _ = run.rounds
+            if run.has("client_rounds"):
+                _ = run.client_rounds
+            whole.append(run)
+        except RunError as error:
+            if len(runs) == 1:
+                raise
+            damaged.append(f"run '{run.path}' is left out: {error}")
+    if not whole and damaged:
+        raise RunError(damaged[0])
+    return whole
+
+
 def _values(key: str, text: str) -> set[str]:
     """As the configuration writes them: 1e-3 is 0.001. A list stands as a whole."""
     parts = [text] if text.startswith("[") else text.split(",")

@@ -18,6 +18,8 @@ from fedsim.errors import RunError
 from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, parse_json, writing
 from fedsim.locks import acquire, release
 from fedsim.records.folder import LOCK, MANIFEST, SWEEP_BOOK, read_manifest
+from fedsim.runner.identity import check_same, identity
+from fedsim.settings import Config
 from fedsim.sweeps.cell_jobs import Done
 from fedsim.sweeps.cells import SweepPlan
 
@@ -144,6 +146,8 @@ def open_book(path: Path, plan: SweepPlan) -> SweepBook:
                 "directory": cell.directory,
             }
             record["state"] = _state(path / cell.directory, cell.config_hash, str(record["state"]))
+            if record["state"] != PENDING:
+                _check_same_inputs(path / cell.directory, cell.config)
             cells.append(record)
         book = SweepBook(path, lock, plan.name, str(old["id"]), cells)
         with writing(path / BOOK):  # here, unlike later, a folder that cannot be written ends it
@@ -212,6 +216,19 @@ def _state(directory: Path, digest: str, recorded: str) -> str:
             return FINISHED
         return FAILED if recorded == FAILED else INTERRUPTED
     return FAILED if recorded == FAILED else PENDING
+
+
+def _check_same_inputs(directory: Path, config: Config) -> None:
+    """Refuse to grow a sweep whose cells were made of other files than those that are there now.
+
+    Raises:
+        RunError: names what changed.
+    """
+    try:
+        kept = read_manifest(directory).get("identity")
+    except RunError:
+        return  # the cell itself will say what is wrong
+    check_same(f"cell '{directory}' of this sweep", kept, identity(config))
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from fedsim.errors import ConfigError, FedsimError
 from fedsim.places import user_path
+from fedsim.runner.identity import note_module
 from fedsim.sweeps.cell_jobs import Done, Job, Setup, run_cell
 
 READY = "ready"
@@ -76,6 +77,7 @@ def import_user_modules(names: Sequence[str]) -> None:
         try:
             if not name.endswith(".py"):
                 importlib.import_module(name)
+                note_module(name, name)
                 continue
             module = f"fedsim_user_{Path(name).stem}"
             if module not in sys.modules:
@@ -85,6 +87,7 @@ def import_user_modules(names: Sequence[str]) -> None:
                 loaded = importlib.util.module_from_spec(spec)
                 sys.modules[module] = loaded
                 spec.loader.exec_module(loaded)
+            note_module(name, module)
         except Exception as error:
             sys.modules.pop(f"fedsim_user_{Path(name).stem}", None)
             raise ConfigError(f"--import '{name}' cannot be imported ({type(error).__name__}: {error})") from error

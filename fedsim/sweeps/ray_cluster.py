@@ -32,6 +32,7 @@ from fedsim.sweeps.cell_jobs import Done, Job, Setup
 from fedsim.sweeps.local import CellHost
 
 LOCAL = "local"
+_LOOPBACK = "127.0.0.1"
 _KNOCK_S = 3.0
 _PROBE_S = 15.0
 _PATIENCE_S = 15.0
@@ -253,7 +254,14 @@ def _connect(address: str) -> Any:
         )
     try:
         if address == LOCAL:
-            ray.init(address=LOCAL, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            # The address of this computer alone: Ray's servers then listen on loopback, where no other computer asks.
+            ray.init(
+                address=LOCAL,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address=_LOOPBACK,
+            )
         else:
             _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

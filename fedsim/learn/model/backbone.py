@@ -27,6 +27,7 @@ from fedsim.families.config_json import family_in, longest_input, read_shape
 from fedsim.families.family import DecoderBlock, Family
 from fedsim.learn.model.heads import HEAD_STD, NextToken, SentenceClassifier, make_head
 from fedsim.learn.model.linears import prunable_linears
+from fedsim.model_folder import check_model_folder
 from fedsim.places import user_path
 from fedsim.resources import MODELS, asset_folder
 from fedsim.rng import Stream, integer_seed
@@ -168,6 +169,7 @@ def _locate(name: str) -> tuple[str, bool]:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.name '{name}': the folder has no config.json")
+        check_model_folder(name, folder)
         return str(folder), True
     looks_like_path = not name.strip() or name.startswith((".", "/", "~")) or name.count("/") > 1
     if name in MODELS or looks_like_path:
@@ -244,6 +246,12 @@ def _load_model(
     except OSError as error:
         raise _not_found(name, is_local, error) from error
     except Exception as error:  # a damaged file surfaces as one of many types, by reader
+        if is_local and not list(Path(source).glob("*.safetensors")) and list(Path(source).glob("*.bin")):
+            # The library's own advice is to load such a file in a way that may run code in it.
+            raise ModelError(
+                f"model.name '{name}': its weights are a .bin file, which is not loaded here, as such a file may run "
+                "code; give the model as .safetensors (transformers' save_pretrained writes it)"
+            ) from error
         sizes = "; its weights do not have the sizes that config.json gives" if "mismatch" in str(error).lower() else ""
         raise ModelError(f"model.name '{name}': the weights cannot be loaded{sizes} ({_first_line(error)})") from error
     missing = sorted(report["missing_keys"])
