@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parse(argv)
         return int(arguments.action(arguments) or 0)
     except FedsimError as error:
-        print(f"fedsim: error: {error}{_cure(arguments, str(error))}", file=sys.stderr)
+        sentence = _ENDLESS.sub(lambda found: f"{found[0][:100]}...", str(error))
+        print(f"fedsim: error: {sentence}{_cure(arguments, sentence)}", file=sys.stderr)
         return 2
     except MemoryError as error:
         print(
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 _OWN = re.compile(
     r"(?<!--baseline: )unknown (method|control\.policy|aggregate\.rule|prune\.criterion|server\.selection) '"
 )
+_ENDLESS = re.compile(r"\S{1000,}")
+"""Something that was given as a name, and is none: its beginning tells enough."""
 _NO_DATA = re.compile(r"(data\.(?:test_)?path) '[^']*': no such file")
 
 

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsim.errors import RunError
@@ -38,6 +38,8 @@ def publishing(out: Path) -> Iterator[Path]:
         _publish(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # nothing was written: a folder that is empty now was made here
+            out.rmdir()
 
 
 def _publish(staging: Path, out: Path) -> None:

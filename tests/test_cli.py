@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import fedsim
 from fedsim.cli import main
 from fedsim.control.policies import POLICIES
+from fedsim.errors import FedsimError
 from fedsim.methods.catalogue import METHODS
 
 SMALL = {
@@ -30,6 +32,7 @@ TRAINED = {
 OWN = """
 import fedsim
 from fedsim.control.policies import POLICIES
+from fedsim.errors import FedsimError
 
 fedsim.register_policy("my_policy", POLICIES["uniform"].make, one_rank=True)
 settings = {"control.policy": "my_policy"}
@@ -165,3 +168,35 @@ def test_a_study_without_its_data_says_how_to_give_it(tmp_path, monkeypatch, cap
     told = capsys.readouterr().err  # the user's own word: there is nothing to add
     assert "data.path 'other.tsv': no such file" in told
     assert "give data.path" not in told
+
+
+@pytest.mark.parametrize("key", ["method", "fleet.name", "train.torch_device", "aggregate.rule", "data.path"])
+def test_an_endless_value_is_not_echoed_whole(key, capsys, tmp_path):
+    assert main(["run", "quickstart", f"{key}={'x' * 3000}", "--out", str(tmp_path / "r")]) == 2
+    assert "x" * 1000 not in capsys.readouterr().err
+
+
+VALUES = [
+    "2147483648",
+    "1e308",
+    "-1",
+    "1" + "0" * 400,
+    ".nan",
+    "-.inf",
+    "[1]",
+    "{a: 1}",
+    "2001-01-01",
+    "'\\0'",
+    "~nobody/x",
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_no_value_of_any_key_ends_in_a_traceback(value, capsys, tmp_path, monkeypatch):
+    """Every key is given nonsense; what is allowed nevertheless is only built, not run."""
+    from fedsim.runner.config import build_config, dotted, parse_overrides
+    from fedsim.settings import Config
+
+    for key in dotted(Config().model_dump()):
+        with contextlib.suppress(FedsimError):  # and nothing else
+            build_config({"train": {"engine": "none"}}, parse_overrides([f"{key}={value}"]))

@@ -26,7 +26,7 @@ _INSIDE = {
     "checkpoint": re.compile(r"round-\d{6,}|\.round-\d{6,}.*"),
     "adapter": re.compile(r"adapter_model\.safetensors|adapter_config\.json|head\.safetensors"),
     "tensorboard": re.compile(r"events\.out\.tfevents\..*"),
-    "wandb": re.compile(r"(offline-)?run-.*|latest-run|debug.*\.log|settings|wandb-.*"),
+    "wandb": re.compile(r".*"),  # the library's own, in names that change with its versions
 }
 _LEFTOVER = re.compile(rf"\..+\.\d+{re.escape(TEMPORARY_SUFFIX)}|\.round-\d+.*{re.escape(TEMPORARY_SUFFIX)}")
 

@@ -299,6 +299,7 @@ def test_the_limit_that_a_refused_target_names_is_allowed(tmp_path):
     for selection in ("layer_local", "global"):
         config = {**SMALL, "method": "fedspine_uniform"}
         overrides = {"server.rounds": 1, "prune.warmup_rounds": 0, "prune.end_round": 1, "prune.selection": selection}
+        overrides |= {"prune.max_step": 1.0}
         with pytest.raises(ConfigError, match=r"prune.target: value 0.95") as caught:
             fedsim.run(config, out=tmp_path / "no", quiet=True, **overrides, **{"prune.target": 0.95})
         limit = float(re.search(r"at most (\d\.\d+)", str(caught.value))[1])

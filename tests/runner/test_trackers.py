@@ -154,7 +154,7 @@ def test_trackers_have_no_part_in_the_hash_and_may_change_at_resume(listener, tm
 
     def stopped(progress, report, learning):
         round_done(progress, report, learning)
-        if report.round_index == 2:  # the newest checkpoint is that before round 2
+        if report.merge_index == 2:  # the newest checkpoint is that before round 2
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
