@@ -183,12 +183,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     elif arguments.round is not None:
         raise ConfigError("--round chooses the round of a figure, and no figures are drawn without --out DIR")
     from fedsim.study.draw_bands import draw_bands, draw_text
+    from fedsim.study.energy_note import energy_note
 
     bands = draw_bands(runs, comparison.target_accuracy)
     if arguments.json:
         print(json.dumps(comparison.as_dict() | ({"profile_error": bands} if bands else {}), indent=2))
     else:
-        print(comparison.as_text() + (f"\n{draw_text(bands)}" if bands else ""))
+        more = [draw_text(bands)] if bands else []
+        note = energy_note(runs)
+        print("\n".join([comparison.as_text(), *([note] if note else []), *more]))
     if paths:
         print(f"{len(paths)} files written to {arguments.out}", file=sys.stderr)
 
@@ -293,7 +296,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
         causal_lm=arguments.causal_lm,
         micro_batches=arguments.micro_batches,
         checkpointing=arguments.checkpointing,
-        dropout=arguments.dropout,
+        dropout=not arguments.no_dropout,
         cached_activations=arguments.cached_activations,
         optimizer=arguments.optimizer,
     )

@@ -197,7 +197,7 @@ def _estimate(commands: Commands) -> None:
         "--micro-batches", type=int, default=1, metavar="N", help="batches whose gradients one step sums (default: 1)"
     )
     estimate.add_argument("--checkpointing", action="store_true", help="run each layer's forward again going back")
-    estimate.add_argument("--dropout", action="store_true", help="dropout is on: its masks are kept too")
+    estimate.add_argument("--no-dropout", action="store_true", help="no dropout, whose masks are then not kept")
     estimate.add_argument(
         "--cached-activations", action="store_true", help="below the top layers nothing is run or held"
     )

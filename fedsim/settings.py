@@ -153,6 +153,7 @@ class PruneSettings(Section):
     criterion: str = "lora_guided"
     selection: Literal["layer_local", "global"] = "layer_local"
     importance_every: Positive = 1
+    importance_memory: Literal["group", "weight"] = "group"
     warmup_rounds: NonNegative | None = None
     end_round: Positive | None = None
     max_step: Annotated[float, Field(gt=0.0, le=1.0)] | None = None

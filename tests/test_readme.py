@@ -34,7 +34,7 @@ def test_every_method_is_named(text):
 
 
 def test_commands_parse(text):
-    names = "run|sweep|compare|report|devices|estimate|fit-surrogate|export|bench"
+    names = "run|sweep|compare|report|devices|estimate|validate|calibrate|retime|fit-surrogate|export|bench"
     commands = re.findall(rf"^fedsim ((?:{names})[^\n#]*)", text, flags=re.MULTILINE)
     assert len(commands) >= 5
     for command in commands:

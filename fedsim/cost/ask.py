@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,6 +45,7 @@ class JobSetting:
         importance_every: local steps per importance estimate; None where the method estimates none.
         step: how one step is run.
         prunes: whether the method prunes: its group scores then travel with the upload.
+        importance_memory: what an importance is held of between estimates: each ``group``, or each ``weight``.
     """
 
     local_steps: int
@@ -51,6 +53,7 @@ class JobSetting:
     importance_every: int | None
     step: StepSetting
     prunes: bool
+    importance_memory: Literal["group", "weight"] = "group"
 
     def __post_init__(self) -> None:
         if self.local_steps < 1:
@@ -183,6 +186,11 @@ class ShapeAsk:
         end = self._end_prices.at(heads / groups, channels / ffn, rank)
         return self._job_work(start, end, changes, rank)
 
+    def peaks(self, ratio_before: ArrayLike, ratio: ArrayLike, rank: ArrayLike) -> tuple[FloatArray, FloatArray]:
+        """Peak memory of a job that cuts, in bytes: while it cuts (its larger structure), and after the cut."""
+        during = self.work(ratio_before, ratio, rank).peak_memory_bytes
+        return during, self.work(ratio, ratio, rank).peak_memory_bytes
+
     def work_of_counts(
         self,
         heads_start: ArrayLike,
@@ -243,6 +251,8 @@ class ShapeAsk:
             moved = moved + estimates * estimate.memory_bytes
             launches = launches + estimates * estimate.launches
             peak = peak + estimate.peak_memory_bytes
+            if self._job.importance_memory == "weight":
+                peak = peak + TRAINED_BYTES * block_weights(shape, kept.heads_all, kept.channels_all)
         slicing = slicing_work(shape, block_weights(shape, kept.heads_all, kept.channels_all), setting.precision)
         return _Spent(flops, moved, launches, peak, traffic_bytes, slicing.memory_bytes)
 

@@ -28,8 +28,16 @@ from fedsim.cost.device import (
     rates_from,
 )
 from fedsim.cost.measurements import Measurement, built_in_measurements, matching
+from fedsim.cost.memory import (
+    ACTIVATION_GROWTH,
+    FITTED_MEMORY,
+    FRAMEWORK_BYTES,
+    TRAINED_STATE_BYTES,
+    MemoryConstants,
+    memory_parts,
+)
 from fedsim.cost.seconds import compute_time
-from fedsim.cost.setting import Precision
+from fedsim.cost.setting import Precision, kept_sums
 from fedsim.cost.units import si_factor
 from fedsim.cost.workload import StepWork, step_work
 from fedsim.errors import ProfileError
@@ -38,6 +46,9 @@ from fedsim.structure import kept_counts
 SAMPLES = 100
 COVERED = 0.95
 """Share of the samples that a band holds: from the 2.5th to the 97.5th percentile."""
+MODEL_SIGMA = 0.04
+"""Standard deviation of the logarithm of what three terms leave out of a step of another kind than those fitted (ours,
+from steps left out of the fits of ladders and hosts: 3 to 8%)."""
 MODE = "mode."
 
 
@@ -211,5 +222,51 @@ def band(values: FloatArray) -> tuple[float, float]:
 
 
 def step_seconds(profile: DeviceProfile, work: StepWork, mode: str | None, precision: Precision) -> FloatArray:
-    """Seconds of a step on every joint sample, shape (SAMPLES,)."""
-    return np.broadcast_to(compute_time(work, joint_samples(profile).rates(mode, precision)).total_s, (SAMPLES,))
+    """Seconds of a step on every joint sample, shape (SAMPLES,), with what the model itself leaves out (`MODEL_SIGMA`).
+
+    Steps that ask alike err alike; others do so on their own.
+    """
+    total_s = compute_time(work, joint_samples(profile).rates(mode, precision)).total_s
+    key = f"{profile.name}/{float(work.flops):.4g}/{float(work.memory_bytes):.4g}/{float(work.launches):.4g}"
+    rng = np.random.default_rng(zlib.crc32(key.encode()))
+    return np.asarray(total_s * np.exp(MODEL_SIGMA * rng.standard_normal(SAMPLES)))
+
+
+_MEMORY: list[MemoryConstants] = []
+
+
+def memory_samples() -> MemoryConstants:
+    """The memory constants on every joint sample: fits to resampled rows of `FITTED_MEMORY`, which scatter as they do.
+
+    A fit's own misfit is drawn on top of its framework term, the same for all peaks of a sample.
+    """
+    if not _MEMORY:
+        rows = [row for row in matching(built_in_measurements(), FITTED_MEMORY) if row.quantity == "peak_memory"]
+        rng = np.random.default_rng(zlib.crc32(b"memory"))
+        fits = [fit_memory([rows[at] for at in rng.integers(0, len(rows), len(rows))]) for _ in range(SAMPLES)]
+        centre = fit_memory(rows)
+        constants = np.array([[fit[name] for name in ("framework", "growth", "state_bytes")] for fit in fits]).T
+        published = (FRAMEWORK_BYTES, ACTIVATION_GROWTH, TRAINED_STATE_BYTES)
+        constants = constants * (np.array(published) / np.median(constants, axis=1))[:, None]
+        typical = np.median([row.value for row in rows])
+        constants[0] += centre["misfit"] * typical * rng.standard_normal(SAMPLES)
+        _MEMORY.append(MemoryConstants(*np.maximum(constants, 0.0)))
+    return _MEMORY[0]
+
+
+def fit_memory(rows: list[Measurement]) -> dict[str, float]:
+    """Framework, activation growth, bytes a trained weight by least squares on relative residuals; and the misfit."""
+    columns, settled, peaks = [], [], []
+    for row in rows:
+        assert row.shape is not None
+        assert row.setting is not None
+        kept = kept_sums(row.shape, row.setting, [1.0], [1.0])
+        parts = memory_parts(row.shape, kept, row.rank, row.setting)
+        columns.append([1.0, float(parts.activations), float(parts.trained)])
+        settled.append(float(parts.settled))
+        peaks.append(row.value)
+    measured = np.array(peaks)
+    table, rest = np.array(columns) / measured[:, None], 1.0 - np.array(settled) / measured
+    solution, *_ = np.linalg.lstsq(table, rest, rcond=None)
+    misfit = float(np.sqrt(((table @ solution - rest) ** 2).mean()))
+    return dict(zip(("framework", "growth", "state_bytes"), map(float, solution), strict=True)) | {"misfit": misfit}

@@ -66,7 +66,8 @@ def profile_text(profile: DeviceProfile) -> str:
 
 def _quantity_row(name: str, quantity: Quantity) -> list[str]:
     numbers = [f"{number:.6g}" for number in (quantity.value, quantity.low, quantity.high)]
-    return [name, numbers[0], quantity.unit, quantity.status, numbers[1], numbers[2], quantity.source]
+    status = f"{quantity.status}, budget" if quantity.is_budget else quantity.status
+    return [name, numbers[0], quantity.unit, status, numbers[1], numbers[2], quantity.source]
 
 
 def devices_json(name: str | None = None) -> dict[str, Any] | list[dict[str, Any]]:

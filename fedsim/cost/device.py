@@ -54,6 +54,11 @@ class Quantity:
         """The value in SI units (Hz, bytes, bytes/s, W, s Hz, or a pure number)."""
         return self.value * si_factor(self.unit)
 
+    @property
+    def is_budget(self) -> bool:
+        """Whether it is a power budget, an upper bound that nobody measured: its source begins by saying so."""
+        return self.source.startswith(("power budget", "budget"))
+
 
 @dataclass(frozen=True)
 class PowerMode:

@@ -38,7 +38,7 @@ QUANTITIES = {
 }
 """Quantity -> unit -> factor to SI. A ratio has unit ``1``."""
 OF_A_STEP = ("step_time", "peak_memory", "upload")
-FLAGS = {"cached": "cached_activations", "checkpointing": "checkpointing", "dropout": "dropout"}
+FLAGS = {"cached": "cached_activations", "checkpointing": "checkpointing", "no_dropout": "dropout"}
 BARE = "bare"
 """Flag of a memory without framework and context."""
 
@@ -82,7 +82,7 @@ class Measurement:
             return f"{plain}, {self.precision}" if self.quantity == "product_rate" else plain
         one = self.setting
         top = f" top {one.train_top_layers}" if one.train_top_layers is not None else ""
-        more = [name for name, field in FLAGS.items() if getattr(one, field) and name != "dropout"]
+        more = [name for name, field in FLAGS.items() if getattr(one, field) == (name != "no_dropout")]
         batches = f"{one.micro_batches} x " if one.micro_batches > 1 else ""
         pruned = f" pruned {self.prune_ratio:.2f}" if self.prune_ratio else ""
         parts = [f"{self.model} {one.tuning}{top}{pruned}", *more, f"{batches}{one.batch_size} x {one.seq_len}"]
@@ -220,7 +220,7 @@ def _setting(where: str, text: Any, number: Any) -> dict[str, Any]:
         "micro_batches": number("micro_batches", 1),
         "adapter_width": number("adapter_width"),
         "optimizer": text("optimizer", "fused"),
-        **{FLAGS[flag]: True for flag in flags},
+        **{FLAGS[flag]: flag != "no_dropout" for flag in flags},
     }
 
 

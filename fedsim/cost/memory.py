@@ -6,6 +6,8 @@ constants). Framework and context on top.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -18,23 +20,20 @@ from fedsim.families.family import Role
 from fedsim.families.family_catalogue import family_of
 from fedsim.structure import ModelShape
 
-# Peak memory (status: derived, two numbers fitted to the published TX2 peaks by fedsim.cost.calibrate).
-FRAMEWORK_BYTES = 0.68e9
+# Peak memory (status: derived; three numbers fitted to the published TX2 peaks of even depths: fedsim.cost.calibrate).
+FRAMEWORK_BYTES = 0.63e9
 """CUDA context, libraries and framework on the board."""
-MEMORY_GROWTH = 2.11
-"""Caching allocator, fragmentation, dropout masks and temporaries: over saved activations, gradients and moments."""
+ACTIVATION_GROWTH = 2.92
+"""Caching allocator, fragmentation, temporaries and dropout's masks, over saved activations."""
+TRAINED_STATE_BYTES = 18.4
+"""Of one trained weight beside itself: gradient, two moments (12 bytes), and what an update and the allocator add."""
+LOGIT_GROWTH = 2.0
+"""Over saved logits: at the peak both tensors have a gradient beside them (status: derived)."""
 SAVED_HIDDEN = 5
 """Hidden-wide tensors kept for backward per layer: layer input, two norm inputs, middle norm's output, FFN output."""
 
-FITTED_MEMORY = (
-    "tx2-memory-bert-full-00",
-    "tx2-memory-bert-full-02",
-    "tx2-memory-bert-full-04",
-    "tx2-memory-bert-full-06",
-    "tx2-memory-bert-full-08",
-    "tx2-memory-bert-full-10",
-)
-"""The published peaks that they are fitted to, by id."""
+FITTED_MEMORY = ("tx2-memory-bert-full-*[02468]", "tx2-memory-bert-adapter-*[02468]")
+"""The published peaks that they are fitted to, by id: even depths."""
 DROPPED_HIDDEN = 2
 """Hidden-wide outputs of dropout per layer; with a byte of mask a value, and scores likewise."""
 
@@ -59,19 +58,29 @@ def saved_bytes(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> Floa
     saved = size * saved_values(shape, setting, kept)
     if setting.tuning == "adapter":
         saved = saved + size * bottleneck_saved_values(shape, setting) * top
-    if setting.dropout:
-        # The dropped copy, and a byte of mask for each of its values.
-        dropped = top * DROPPED_HIDDEN * shape.hidden + kept.heads_trained * shape.heads * setting.seq_len
-        saved = saved + (size + 1) * tokens * dropped
     if setting.checkpointing and top:
         saved = saved / top + size * tokens * top * shape.hidden
     return saved
 
 
-def memory_parts(
-    shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting
-) -> tuple[FloatArray, FloatArray]:
-    """Memory of a step in bytes, framework apart: (weights and workspace, what `MEMORY_GROWTH` applies to)."""
+def dropped_bytes(shape: ModelShape, setting: StepSetting, kept: KeptSums) -> FloatArray:
+    """What dropout adds to them, as `ACTIVATION_GROWTH` has it in it: the dropped copies and a byte of mask a value."""
+    size, top = BYTES_PER_VALUE[setting.precision], kept.trained_layers
+    dropped = top * DROPPED_HIDDEN * shape.hidden + kept.heads_trained * shape.heads * setting.seq_len
+    dropped = (size + 1) * setting.tokens * dropped
+    return dropped / top if setting.checkpointing and top else dropped
+
+
+class MemoryParts(NamedTuple):
+    """Memory of a step, framework apart: bytes that are as they are, saved activations, and how many weights train."""
+
+    settled: FloatArray
+    activations: FloatArray
+    trained: FloatArray
+
+
+def memory_parts(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting) -> MemoryParts:
+    """Memory of a step by what it grows with."""
     size = BYTES_PER_VALUE[setting.precision]
     weights = block_weights(shape, kept.heads_all, kept.channels_all)
     frozen = shape.head_weights + own_output_weights(shape)
@@ -79,21 +88,37 @@ def memory_parts(
     settled = size * (weights + frozen + _small_weights(shape, kept))
     settled = settled + size * setting.tokens * (2.0 * shape.ffn + shape.heads * setting.seq_len)
     if setting.tuning == "inference":
-        return settled + size * logits(shape, setting.tokens), np.zeros_like(settled)
+        nothing = np.zeros_like(settled)
+        return MemoryParts(settled + size * logits(shape, setting.tokens), nothing, nothing)
     trained = trained_weights(shape, setting, kept, rank)
     if setting.tuning != "full":
         settled = settled + TRAINED_BYTES * adapter_weights(shape, setting, kept, rank)
     elif size < TRAINED_BYTES:
         settled = settled + TRAINED_BYTES * trained  # fp32 masters of what is tuned
-    # Saved activations and logits, gradients, two moments.
-    saved = saved_bytes(shape, setting, kept) + saved_logit_bytes(shape, setting.tokens, size)
-    return settled, saved + 3.0 * TRAINED_BYTES * trained
+    settled = settled + LOGIT_GROWTH * saved_logit_bytes(shape, setting.tokens, size)
+    if not setting.dropout:
+        settled = settled - dropped_bytes(shape, setting, kept)
+    return MemoryParts(settled, saved_bytes(shape, setting, kept), trained)
 
 
-def peak_memory_bytes(shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting) -> FloatArray:
-    """Highest memory use of a step."""
-    settled, growing = memory_parts(shape, kept, rank, setting)
-    return FRAMEWORK_BYTES + settled + MEMORY_GROWTH * growing
+def peak_memory_bytes(
+    shape: ModelShape, kept: KeptSums, rank: ArrayLike, setting: StepSetting, constants: MemoryConstants | None = None
+) -> FloatArray:
+    """Highest memory use of a step; with `constants` of shape (S,), of each of their samples."""
+    parts = memory_parts(shape, kept, rank, setting)
+    if constants is None:
+        state = TRAINED_STATE_BYTES * parts.trained
+        return FRAMEWORK_BYTES + parts.settled + ACTIVATION_GROWTH * parts.activations + state
+    framework, growth, state_bytes = constants
+    return framework + parts.settled + growth * parts.activations + state_bytes * parts.trained
+
+
+class MemoryConstants(NamedTuple):
+    """Samples of the three fitted constants, shape (S,) each."""
+
+    framework: FloatArray
+    growth: FloatArray
+    state_bytes: FloatArray
 
 
 def _small_weights(shape: ModelShape, kept: KeptSums) -> FloatArray:

@@ -43,7 +43,7 @@ class StepSetting:
         adapter_width: of the bottleneck, in adapter tuning.
         optimizer: ``fused``, the least that AdamW can move; ``per_tensor``, a loop over tensors as PyTorch ran it
             before its foreach and fused versions.
-        dropout: whether dropout is on, whose masks and dropped copies are then kept for the backward pass.
+        dropout: whether dropout is on, as in the published peaks; off, its masks and dropped copies are not kept.
     """
 
     batch_size: int
@@ -57,7 +57,7 @@ class StepSetting:
     cached_activations: bool = False
     adapter_width: int | None = None
     optimizer: Optimizer = "fused"
-    dropout: bool = False
+    dropout: bool = True
 
     def __post_init__(self) -> None:
         for field in ("batch_size", "seq_len", "micro_batches"):
@@ -93,9 +93,8 @@ class StepSetting:
                 "cached_activations needs train_top_layers: it is the layers below those trained that are cached"
             )
         if self.tuning == "inference":
-            for field in ("checkpointing", "dropout"):
-                if getattr(self, field):
-                    raise ConfigError(f"{field} is not allowed in inference, which keeps nothing for a backward pass")
+            if self.checkpointing:
+                raise ConfigError("checkpointing is not allowed in inference, which keeps nothing for a backward pass")
             if self.micro_batches != 1:
                 raise ConfigError(
                     f"micro_batches is {self.micro_batches}; it is not allowed in inference, which sums no gradients"

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 
 from fedsim.contracts.common import FloatArray
-from fedsim.cost.bands import SAMPLES, band, joint_samples, row_work, step_seconds
+from fedsim.cost.bands import SAMPLES, band, joint_samples, memory_samples, row_work, step_seconds
 from fedsim.cost.device import DeviceProfile, load_profile, profile_names, rates_of
 from fedsim.cost.estimate import estimate_step
 from fedsim.cost.measurements import Measurement, built_in_measurements, matching, read_measurements
-from fedsim.cost.memory import FITTED_MEMORY, FRAMEWORK_BYTES
+from fedsim.cost.memory import FITTED_MEMORY, FRAMEWORK_BYTES, peak_memory_bytes
 from fedsim.cost.seconds import compute_time
+from fedsim.cost.setting import kept_sums
 from fedsim.errors import DataError, unknown
+from fedsim.structure import kept_counts
 
 WORST = 5
 _UNIT_SLIP = 2.5
@@ -220,10 +222,18 @@ def _of_a_step(row: Measurement, profile: DeviceProfile) -> tuple[float, FloatAr
         total_s = float(compute_time(work, rates_of(profile, row.mode, row.precision)).total_s)
         return total_s, step_seconds(profile, work, row.mode, row.precision)
     numbers = estimate_step(profile, row.shape, row.setting, row.mode, row.rank, row.prune_ratio)
-    value = float(numbers["upload_bytes" if row.quantity == "upload" else "peak_memory_bytes"])
+    if row.quantity == "upload":
+        # Counted, but for names and formats around the numbers: a hundredth at most.
+        value = float(numbers["upload_bytes"])
+        return value, value * np.linspace(0.99, 1.01, SAMPLES)
+    heads, channels = kept_counts(row.shape, row.prune_ratio)
+    kept = kept_sums(row.shape, row.setting, (heads / row.shape.head_groups)[None], (channels / row.shape.ffn)[None])
+    constants = memory_samples()
+    drawn = peak_memory_bytes(row.shape, kept, row.rank, row.setting, constants)
+    value = float(numbers["peak_memory_bytes"])
     if row.bare:
-        value -= FRAMEWORK_BYTES
-    return value, np.full(SAMPLES, value)
+        value, drawn = value - FRAMEWORK_BYTES, drawn - constants.framework
+    return value, drawn
 
 
 def _summaries(checked: Sequence[Checked]) -> list[Summary]:

@@ -19,7 +19,7 @@ LOSS_FORWARD_PASSES, LOSS_BACKWARD_PASSES = 2, 4
 turned into the logits' (4)."""
 SAVED_LOGITS = 2
 """Logit-sized tensors alive when the backward pass starts: the logits, and their log-softmax in fp32. Times
-`fedsim.cost.workload.MEMORY_GROWTH` that is about the four at the peak, where both have a gradient beside them."""
+`fedsim.cost.memory.LOGIT_GROWTH` that is the four at the peak, where both have a gradient beside them."""
 
 
 def own_output_weights(shape: ModelShape) -> int:

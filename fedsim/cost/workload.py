@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike
 
 from fedsim.contracts.common import FloatArray
 from fedsim.cost.bottleneck import bottleneck_work
-from fedsim.cost.memory import FRAMEWORK_BYTES, MEMORY_GROWTH, memory_parts, peak_memory_bytes
+from fedsim.cost.memory import FRAMEWORK_BYTES, memory_parts, peak_memory_bytes
 from fedsim.cost.setting import (
     BYTES_PER_VALUE,
     CHANNEL_ROLES,
@@ -64,7 +64,6 @@ __all__ = [
     "CHANNEL_ROLES",
     "FRAMEWORK_BYTES",
     "HEAD_ROLES",
-    "MEMORY_GROWTH",
     "TRAINED_BYTES",
     "KeptSums",
     "Optimizer",

@@ -255,6 +255,7 @@ def build_ask(
         importance_every=config.prune.importance_every if needs_gradients else None,
         step=step,
         prunes=method.prunes and estimates,
+        importance_memory=config.prune.importance_memory,
     )
     return ShapeAsk(shape, clock_shape, job, ranks_on_offer(config.model.lora_rank_max))
 

@@ -184,3 +184,18 @@ def test_bad_job_is_named(changes, said):
 def test_ranks_must_ascend(ranks):
     with pytest.raises(ConfigError, match="must be positive and ascend"):
         ShapeAsk(TINY, TINY, job(), ranks)
+
+
+def test_importance_held_by_weight_takes_a_number_a_weight():
+    """Between estimates one fp32 number per kept weight, at the larger structure; nothing else of the job changes."""
+    group, weight = (ShapeAsk(TINY, BASE, job(importance_memory=held), RANKS) for held in ("group", "weight"))
+    one, other = (ask.work(0.0, 0.5, 8) for ask in (group, weight))
+    assert other.peak_memory_bytes - one.peak_memory_bytes == pytest.approx(4 * BASE.prunable_weights)
+    assert (other.flops, other.upload_bytes) == (one.flops, one.upload_bytes)
+
+
+def test_a_job_that_cuts_has_two_peaks():
+    ask = ShapeAsk(TINY, BASE, job(), RANKS)
+    during, after = ask.peaks(0.0, 0.5, 8)
+    assert during == ask.work(0.0, 0.0, 8).peak_memory_bytes
+    assert after == ask.work(0.5, 0.5, 8).peak_memory_bytes < during

@@ -1,66 +1,48 @@
-"""The fitted numbers in the profiles and in the workload are those that the calibration prints."""
+"""The fitted numbers in the profiles and in the memory model are those that the measurements give."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from fedsim.cost import workload
-from fedsim.cost.calibrate import main
+from fedsim.cost import memory
+from fedsim.cost.calibrate import fits, main
 from fedsim.cost.device import load_profile
-
-DATA = Path(__file__).resolve().parents[2].parent / "shared/data/jetson"
 
 
 @pytest.fixture(scope="module")
-def data():
-    if not DATA.is_dir():
-        pytest.skip("the Jetson measurements are not beside the project")
-    return DATA
+def found():
+    return fits()
 
 
-@pytest.fixture
-def printed(data, capsys):
-    assert main(["--data", str(data), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+def test_profiles_hold_the_fitted_efficiencies(found):
+    assert set(found["devices"]) == {"jetson-nano", "jetson-tx2", "phone-snapdragon-778g", "raspberry-pi-4"}
+    for name, one in found["devices"].items():
+        assert one["profile"] == pytest.approx(one["efficiency_fp32"], rel=0.005), name
+    assert found["devices"]["jetson-tx2"]["misfit"] < 0.01
 
 
-def test_profiles_hold_the_fitted_values(printed):
-    tx2, orin = printed["tx2"], printed["orin"]
-    assert load_profile("jetson-tx2").efficiency_fp32.value == tx2["efficiency_fp32"]
-    for board in ("nano", "xavier-nx", "agx-xavier"):
-        assert load_profile(f"jetson-{board}").efficiency_fp32.value == tx2["efficiency_fp32"]
-    assert tx2["framework_bytes"] == workload.FRAMEWORK_BYTES
-    assert tx2["memory_growth"] == workload.MEMORY_GROWTH
-    assert load_profile("jetson-agx-orin").launch_cost.value == orin["launch_cost_ms_ghz"]
-    assert load_profile("jetson-agx-orin").efficiency_fp32.value == orin["agx_orin_efficiency"]
-    for board in ("jetson-orin-nano", "jetson-orin-nx"):
-        assert load_profile(board).efficiency_fp32.value == orin["gemm_efficiency_fp32"][board]
-        assert load_profile(board).efficiency_fp16.value == orin["gemm_efficiency_fp16"][board]
-    for board, share in orin["stream_share"].items():
-        assert load_profile(board).bandwidth_efficiency.value == share
+def test_boards_without_training_times_carry_the_tx2s(found):
+    for board in ("xavier-nx", "agx-xavier"):
+        profile = load_profile(f"jetson-{board}")
+        assert profile.efficiency_fp32.value == load_profile("jetson-tx2").efficiency_fp32.value
+        assert not profile.fitted_to
 
 
-def test_operations_alone_explain_the_steps_with_a_share_of_0_52(printed):
-    assert printed["tx2"]["efficiency_alone"] == pytest.approx(0.52, abs=0.005)
+def test_the_memory_constants_are_the_fitted_ones(found):
+    assert pytest.approx(found["memory"]["framework"], rel=0.01) == memory.FRAMEWORK_BYTES
+    assert pytest.approx(found["memory"]["growth"], rel=0.01) == memory.ACTIVATION_GROWTH
+    assert pytest.approx(found["memory"]["state_bytes"], rel=0.01) == memory.TRAINED_STATE_BYTES
 
 
-def test_xavier_throughput_follows_its_clock(printed):
-    mlperf = printed["mlperf"]
-    ratio = mlperf["xavier_maxq_over_maxn_measured"] / mlperf["xavier_maxq_over_maxn_gpu_clock"]
-    assert 0.9 < ratio < 1.15
+def test_the_orins_take_the_mean_of_two_products(found):
+    nano, nx = load_profile("jetson-orin-nano"), load_profile("jetson-orin-nx")
+    mean = sum(found["products"].values()) / 2
+    assert nano.efficiency_fp32.value == pytest.approx(mean, abs=0.002)
+    assert nx.efficiency_fp32.value == nano.efficiency_fp32.value
 
 
-def test_the_report_names_every_depth_and_the_outlier(data, capsys):
-    assert main(["--data", str(data)]) == 0
-    text = capsys.readouterr().out
-    assert "1.86 s published elsewhere" in text
-    assert all(f"\n{depth} " in text for depth in (0, 2, 4, 6, 8, 10, 12))
-    assert all(board in text for board in ("jetson-nano", "jetson-agx-xavier", "jetson-orin-nx"))
-
-
-def test_missing_data_is_one_sentence(tmp_path, capsys):
-    assert main(["--data", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "has no file transcribed/fedadapter_tx2_bert_base.csv" in error
-    assert error.count("\n") == 1
+def test_it_prints(capsys):
+    assert main(["--json"]) == 0
+    assert "memory" in json.loads(capsys.readouterr().out)
+    assert main([]) == 0
+    assert "memory: growth" in capsys.readouterr().out

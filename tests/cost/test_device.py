@@ -237,3 +237,20 @@ def test_descriptions_show_every_number():
     assert devices_text("jetson-tx2") == text
     assert all(name in devices_text() for name in profile_names())
     assert profile_text(replace(profile, description="x")).startswith("jetson-tx2: x\n")
+
+
+def test_a_budget_is_labelled_and_what_was_measured_is_not():
+    text = profile_text(load_profile("jetson-agx-xavier"))
+    line = next(line for line in text.splitlines() if line.strip().startswith("busy_power") and "  15 " in line)
+    assert "derived, budget" in line
+    modes = load_profile("jetson-agx-xavier").modes
+    assert modes["MODE_15W"].busy_power.is_budget
+    assert not modes["MODE_MLPERF_V1_MAXQ"].busy_power.is_budget
+
+
+def test_joules_of_agx_orins_modes_are_in_the_order_of_the_measured_rails():
+    """The 50 W mode is the thriftiest (rails: 7.3 J a TFLOP, others 10.4 to 10.8); budgets said the opposite."""
+    profile, shape = load_profile("jetson-agx-orin"), load_shape("roberta-base")
+    joules = {mode: estimate_step(profile, shape, StepSetting(16, 128), mode)["energy_j"] for mode in profile.modes}
+    assert min(joules, key=joules.get) == "MODE_50W"
+    assert joules["MAXN"] < joules["MODE_15W"]

@@ -11,8 +11,9 @@ import pytest
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.device import load_profile
 from fedsim.cost.estimate import estimate_step
+from fedsim.cost.memory import FRAMEWORK_BYTES, LOGIT_GROWTH
 from fedsim.cost.shapes import load_shape
-from fedsim.cost.workload import FRAMEWORK_BYTES, MEMORY_GROWTH, StepSetting, step_work
+from fedsim.cost.workload import StepSetting, step_work
 from fedsim.errors import ModelError
 from fedsim.structure import ModelShape
 
@@ -65,7 +66,7 @@ def test_memory_holds_the_logits_and_the_weights_where_they_are_its_own(tied):
     assert added == pytest.approx(weights + 4 * 21 * 50, rel=1e-6)
     with_output, bare = both(StepSetting(3, 7), shape)
     added = float(with_output.peak_memory_bytes - bare.peak_memory_bytes)
-    assert added == pytest.approx(weights + MEMORY_GROWTH * 2 * 4 * 21 * 50, rel=1e-6)
+    assert added == pytest.approx(weights + LOGIT_GROWTH * 2 * 4 * 21 * 50, rel=1e-6)
     assert float(bare.peak_memory_bytes) > FRAMEWORK_BYTES
 
 
@@ -83,11 +84,11 @@ def test_a_job_pays_for_the_output_on_every_step_whatever_is_pruned_and_sends_no
 
 
 def test_at_tinyllamas_size_the_output_is_a_small_share_of_time_and_a_large_one_of_memory():
-    """32,000 x 2048 of 1.03 G weights: 6% of the forward products; at 512 tokens logits take 0.28 GB grown."""
+    """32,000 x 2048 of 1.03 G weights: 6% of the forward products; at 512 tokens logits take 0.20 GB at the peak."""
     tx2, setting = load_profile("jetson-tx2"), StepSetting(1, 512, "fp16")
     tokens, classes = (estimate_step(tx2, load_shape("tinyllama-1.1b", labels), setting) for labels in (0, 2))
     assert 1.02 < tokens["step_time_s"] / classes["step_time_s"] < 1.12
-    assert 0.2e9 < tokens["peak_memory_bytes"] - classes["peak_memory_bytes"] - 2 * 32000 * 2048 < 0.3e9
+    assert 0.19e9 < tokens["peak_memory_bytes"] - classes["peak_memory_bytes"] - 2 * 32000 * 2048 < 0.3e9
 
 
 @pytest.mark.parametrize("name", ["bert-base", "roberta-base", "minilm", "tiny"])

@@ -29,8 +29,34 @@ def test_step_time_of_the_tx2(depth):
 
 @pytest.mark.parametrize("depth", PUBLISHED_PEAK_GB)
 def test_peak_memory_of_the_tx2(depth):
-    # Two constants are fitted to these peaks; they were published rounded to 0.1 GB.
-    assert at_depth(depth)["peak_memory_bytes"] / 1e9 == pytest.approx(PUBLISHED_PEAK_GB[depth], rel=0.07)
+    # Three constants are fitted to these peaks and to those of adapters; they were published rounded to 0.1 GB.
+    assert at_depth(depth)["peak_memory_bytes"] / 1e9 == pytest.approx(PUBLISHED_PEAK_GB[depth], rel=0.085)
+
+
+ADAPTER_S = {1: 0.57, 2: 0.63, 4: 0.71, 6: 0.79, 8: 0.89, 10: 0.99, 12: 1.08}
+ADAPTER_PEAK_GB = {1: 1.3, 3: 1.6, 5: 2.1, 7: 2.5, 9: 3.1, 11: 3.5}
+
+
+def adapter_at(depth):
+    return estimate(
+        device="jetson-tx2",
+        model="bert-base",
+        batch_size=4,
+        seq_len=256,
+        tuning="adapter",
+        adapter_width=32,
+        train_top_layers=depth,
+    )
+
+
+@pytest.mark.parametrize("depth", ADAPTER_S)
+def test_steps_of_adapters_that_nothing_was_fitted_to(depth):
+    assert adapter_at(depth)["step_time_s"] == pytest.approx(ADAPTER_S[depth], rel=0.05)
+
+
+def test_peaks_of_adapters_at_depths_that_nothing_was_fitted_to():
+    errors = [adapter_at(depth)["peak_memory_bytes"] / 1e9 / peak - 1 for depth, peak in ADAPTER_PEAK_GB.items()]
+    assert sum(map(abs, errors)) / len(errors) < 0.04
 
 
 def test_one_more_published_layer_costs_what_the_model_says():
