@@ -44,6 +44,12 @@ class Stream(IntEnum):
     TEST_SAMPLE = 20
     SURROGATE_CLIENT = 21
     SURROGATE_NOISE = 22
+    AVAILABILITY = 30
+    DROPOUT = 31
+    MEMBERSHIP = 32
+    MODE_CLOCK = 33
+    LINK_TRACE = 34
+    ROAMING = 35
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

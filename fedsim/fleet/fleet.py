@@ -19,17 +19,11 @@ from fedsim.cost.device import DeviceProfile, Rates, load_profile, rates_of, sta
 from fedsim.cost.estimate import compute_time
 from fedsim.cost.workload import Precision
 from fedsim.errors import ProfileError, unknown
-from fedsim.fleet.fleet_file import (
-    DeviceSpec,
-    FleetFile,
-    LinkSpec,
-    Number,
-    fleet_names,
-    fleet_path,
-    profile_path,
-    read_fleet_file,
-)
+from fedsim.fleet.dynamics import Dynamics, dynamics_of
+from fedsim.fleet.fleet_file import DeviceSpec, FleetFile, fleet_names, fleet_path, profile_path, read_fleet_file
 from fedsim.fleet.link import Links, download_seconds, transfer_seconds, upload_seconds
+from fedsim.fleet.mode_clock import ModeClock
+from fedsim.fleet.number import Number
 from fedsim.rng import Stream, mean_one_jitter, uniforms
 from fedsim.settings import FleetSettings
 
@@ -92,6 +86,9 @@ class Fleet:
     seed: int
     compute_jitter_sigma: float
     _modes: _Modes
+    dynamics: Dynamics = field(default_factory=Dynamics)
+    mode_clock: ModeClock | None = None
+    _opened_s: dict[int, float] = field(default_factory=dict)
 
     @property
     def clients(self) -> int:
@@ -109,6 +106,9 @@ class Fleet:
 
     def modes(self, round_index: int, clients: IntArray | None = None) -> IntArray:
         """Index of each client's power mode among its profile's modes; of all clients when None."""
+        if self.mode_clock is not None:
+            everyone = np.arange(self.clients, dtype=np.int64) if clients is None else clients
+            return self.mode_rows(round_index, everyone) - self._modes.first_row[self._modes.line_of[everyone]]
         drawn = self._modes.draw(self.seed, round_index)
         return drawn.copy() if clients is None else drawn[clients]
 
@@ -117,7 +117,7 @@ class Fleet:
         everyone = np.arange(self.clients, dtype=np.int64)
         if round_index == 0:
             return everyone
-        if not self._modes.period or round_index % self._modes.period:
+        if self.mode_clock is not None or not self._modes.period or round_index % self._modes.period:
             return everyone[:0]
         return everyone[self.modes(round_index) != self.modes(round_index - 1)]
 
@@ -130,8 +130,44 @@ class Fleet:
         """Name of each client's power mode, in columns."""
         return self.modes_at(self.mode_rows(round_index, clients))
 
+    def opened(self, version: int, now_s: float) -> None:
+        """Note the clock at a merge: where modes change by the clock, they are known as they were then."""
+        for old in [known for known in self._opened_s if known < version - 1 or known > version]:
+            del self._opened_s[old]
+        self._opened_s[version] = now_s
+
+    def mode_rows_at(self, now_s: FloatArray, clients: IntArray) -> IntArray:
+        """As `mode_rows`, of modes that change by the clock, at `now_s`, shape (P,)."""
+        clock = self.mode_clock
+        assert clock is not None
+        rows: IntArray = self._modes.first_row[self._modes.line_of[clients]] + clock.modes(
+            clients, clock.epoch(clients, now_s)
+        )
+        return rows
+
+    def mode_changes_between(self, after_s: float, until_s: float) -> tuple[FloatArray, IntArray, IntArray]:
+        """Time, client and mode of every change by the clock in (after_s, until_s]; none where rounds change modes."""
+        if self.mode_clock is None:
+            return np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        return self.mode_clock.changes(np.arange(self.clients, dtype=np.int64), after_s, until_s)
+
+    def busy_joules(self, clients: IntArray, start_s: FloatArray, end_s: FloatArray) -> FloatArray:
+        """Energy of computing from start to end, where modes change by the clock."""
+        assert self.mode_clock is not None
+        joules, at_s = np.zeros(len(clients)), start_s
+        while True:
+            epoch = self.mode_clock.epoch(clients, at_s)
+            until_s = np.minimum(end_s, self.mode_clock.change_s(clients, epoch + 1))
+            watts = self.rates_at(self.mode_rows_at(at_s, clients)).busy_power_watts
+            joules = joules + np.asarray(watts) * (until_s - at_s)
+            if (until_s >= end_s).all():
+                return joules
+            at_s = until_s
+
     def mode_rows(self, round_index: int, clients: IntArray) -> IntArray:
         """Which device in which power mode, as the row of `rates_at` and `modes_at`."""
+        if self.mode_clock is not None:
+            return self.mode_rows_at(np.full(len(clients), self._opened_s.get(round_index, 0.0)), clients)
         return self._modes.rows(self.seed, round_index, clients)
 
     def modes_at(self, rows: IntArray) -> Labels:
@@ -169,7 +205,7 @@ class Fleet:
         """
         more = max(np.ndim(getattr(work, one.name)) for one in fields(work)) - 1
         column = (len(clients),) + (1,) * max(0, more)
-        rows = self._modes.rows(self.seed, round_index, clients).reshape(column)
+        rows = self.mode_rows(round_index, clients).reshape(column)
         ids = clients.reshape(column)
         latency_s = self.links.latency_s[ids]
         down_s = transfer_seconds(work.download_bytes, self.links.down_bits_per_s[ids], latency_s, 1.0)
@@ -202,7 +238,7 @@ def load_fleet(settings: FleetSettings, precision: Precision, seed: int, perturb
 
     Args:
         settings: `fleet.clients` repeats the file's list of devices up to that number; `fleet.mode_period` replaces
-            the file's.
+            the file's, and may not be given beside a file's `mode_period_s`.
         precision: of the clock's workload, for the rates.
         seed: the run's root seed.
         perturb: applied once to each distinct profile (error bands); None leaves them as they are.
@@ -214,6 +250,7 @@ def load_fleet(settings: FleetSettings, precision: Precision, seed: int, perturb
     pattern = spec.pattern
     clients = np.arange(settings.clients or spec.clients or len(pattern), dtype=np.int64)
     line_of = clients % len(pattern)
+    kind_of = _kind_of(spec, clients, line_of)
 
     profiles = _load_profiles(path, pattern, perturb)
     first_row: dict[str, int] = {}
@@ -231,13 +268,22 @@ def load_fleet(settings: FleetSettings, precision: Precision, seed: int, perturb
         table=stack_rates(rates),
         period=spec.mode_period if settings.mode_period is None else settings.mode_period,
     )
+    dynamics = dynamics_of(spec, path, len(clients), line_of, kind_of, seed)
+    if dynamics.mode_period_s is not None and modes.period:
+        raise ProfileError(
+            f"fleet.mode_period: value {modes.period} is not allowed (the fleet's modes change by the clock)"
+        )
     return Fleet(
         name=spec.name,
         device=Labels(line_of, np.array([profiles[device.profile].name for device in pattern])),
-        links=_links(spec, clients, line_of, seed),
+        links=_links(spec, clients, kind_of, seed),
         seed=seed,
         compute_jitter_sigma=spec.compute_jitter_sigma.value,
         _modes=modes,
+        dynamics=dynamics,
+        mode_clock=None
+        if dynamics.mode_period_s is None
+        else ModeClock(dynamics.mode_period_s, modes.cumulative, line_of, seed),
     )
 
 
@@ -288,22 +334,28 @@ def _cumulative(weights: list[FloatArray]) -> FloatArray:
     return table
 
 
-def _links(spec: FleetFile, clients: IntArray, line_of: IntArray, seed: int) -> Links:
+def _kind_of(spec: FleetFile, clients: IntArray, line_of: IntArray) -> IntArray:
     """Each client's link: the one its device names, else the listed ones in turn, shifted by one on every pass."""
     kinds = list(spec.links)
     pattern = spec.pattern
     named = np.array([-1 if device.link is None else kinds.index(device.link) for device in pattern])[line_of]
     in_turn = (line_of + clients // len(pattern)) % len(kinds)
-    kind_of = np.where(named >= 0, named, in_turn)
+    kind_of: IntArray = np.where(named >= 0, named, in_turn)
+    return kind_of
+
+
+def _links(spec: FleetFile, clients: IntArray, kind_of: IntArray, seed: int) -> Links:
+    kinds = list(spec.links)
     columns = []
-    for key, name in enumerate(LinkSpec.model_fields):
+    for key, name in enumerate(("down_mbps", "up_mbps", "latency_ms", "jitter_sigma")):
         draws = uniforms(seed, Stream.LINK_MEAN, clients, key)
         numbers: list[Number] = [getattr(spec.links[kind], name) for kind in kinds]
         low = np.array([number.low if number.draw == "uniform" else number.value for number in numbers])[kind_of]
         high = np.array([number.high if number.draw == "uniform" else number.value for number in numbers])[kind_of]
         columns.append(low + (high - low) * draws)
     down_mbps, up_mbps, latency_ms, jitter_sigma = columns
-    return Links(1e6 * down_mbps, 1e6 * up_mbps, 1e-3 * latency_ms, jitter_sigma)
+    payload = 1.0 + spec.overhead.value
+    return Links(1e6 * down_mbps / payload, 1e6 * up_mbps / payload, 1e-3 * latency_ms, jitter_sigma)
 
 
 def _take(rates: Rates, rows: IntArray) -> Rates:

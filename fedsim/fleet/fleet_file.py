@@ -22,17 +22,33 @@ A fleet file is YAML:
 ``{value, unit, status, source, low, high, draw}``: with ``draw: fixed`` (default) every client has `value`, and `low`
 and `high` are its uncertainty; with ``draw: uniform`` each client draws its own between `low` and `high`. In short, a
 bare number is a fixed value and ``{low, high}`` without `value` a uniform draw; both count as ``assumed``.
-Every client is the same whatever the number of clients.
+Every client is the same whatever the number of clients. What changes in time (availability, drop-out, throttling,
+shared links ...) is described in `fedsim.fleet.world_file`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fedsim.errors import ProfileError, nearest, unknown
+from fedsim.fleet.number import Number, Part, check_unit, fixed
+from fedsim.fleet.world_file import (
+    AccessPoint,
+    Availability,
+    Daily,
+    Dropout,
+    OnOff,
+    Replay,
+    Roaming,
+    ServerLink,
+    Throttle,
+    ThrottleStep,
+    TraceFile,
+    check_range,
+)
 from fedsim.places import user_path
 from fedsim.resources import resource_folder
 from fedsim.settings import MOST_CLIENTS
@@ -45,71 +61,19 @@ _LEAST_MBPS, _MOST_MBPS = 1e-4, 1e6
 _MOST = {"latency_ms": 1e6, "jitter_sigma": MOST_SIGMA}
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Number(_Part):
-    """A number with its standing; `low` and `high` bound its uncertainty, or the clients' draws (``draw: uniform``)."""
-
-    value: float
-    low: float
-    high: float
-    unit: str | None = None
-    status: Literal["spec", "measured", "derived", "extrapolated", "assumed"] = "assumed"
-    source: str = "the fleet file"
-    draw: Literal["fixed", "uniform"] = "fixed"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _expand(cls, given: Any) -> Any:
-        if isinstance(given, (int, float)) and not isinstance(given, bool):
-            return {"value": given, "low": given, "high": given}
-        if not isinstance(given, dict):
-            raise ValueError("must be a number, {low, high}, or {value, unit, status, source, low, high}")
-        given = dict(given)
-        if "value" in given:
-            given.setdefault("low", given["value"])
-            given.setdefault("high", given["value"])
-        elif isinstance(given.get("low"), (int, float)) and isinstance(given.get("high"), (int, float)):
-            given["value"] = 0.5 * (given["low"] + given["high"])
-            given.setdefault("draw", "uniform")
-        return given
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Number:
-        if not self.low <= self.value <= self.high:
-            raise ValueError(f"must have low <= value <= high, not {self.low:g}, {self.value:g}, {self.high:g}")
-        return self
-
-    @property
-    def smallest(self) -> float:
-        """The smallest value that any client can get."""
-        return self.low if self.draw == "uniform" else self.value
-
-    @property
-    def largest(self) -> float:
-        """The largest value that any client can get."""
-        return self.high if self.draw == "uniform" else self.value
-
-
-def _fixed(value: float) -> Number:
-    return Number(value=value, low=value, high=value, source="default of fleet files")
-
-
-class LinkSpec(_Part):
+class LinkSpec(Part):
     """One kind of link. Bandwidths in Mb/s (10^6 bits per second), latency in ms one way."""
 
     down_mbps: Number
     up_mbps: Number
-    latency_ms: Number = _fixed(0.0)
-    jitter_sigma: Number = _fixed(0.0)
+    latency_ms: Number = fixed(0.0)
+    jitter_sigma: Number = fixed(0.0)
 
     @model_validator(mode="after")
     def _sane(self) -> LinkSpec:
         for name, unit in (("down_mbps", "Mb/s"), ("up_mbps", "Mb/s"), ("latency_ms", "ms"), ("jitter_sigma", "1")):
             number: Number = getattr(self, name)
-            _check_unit(name, number, unit)
+            check_unit(name, number, unit)
             if number.smallest < 0 or (name.endswith("mbps") and number.smallest == 0):
                 bound = "above 0" if name.endswith("mbps") else "at least 0"
                 raise ValueError(f"{name} is {number.smallest:g}, it must be {bound}")
@@ -122,29 +86,49 @@ class LinkSpec(_Part):
         return self
 
 
-class DeviceSpec(_Part):
+class DeviceSpec(Part):
     """`count` devices of one kind."""
 
     profile: str
     count: PositiveInt = 1
     mode: str | dict[str, Annotated[float, Field(gt=0)]] = "fastest"
     link: str | None = None
+    access_point: str | None = None
+    join_s: Number | None = None
+    leave_s: Number | None = None
+
+    @model_validator(mode="after")
+    def _sane(self) -> DeviceSpec:
+        for name in ("join_s", "leave_s"):
+            number: Number | None = getattr(self, name)
+            if number is not None:
+                check_range(name, number, "s", 0.0, 1e9)
+        return self
 
 
-class FleetFile(_Part):
+class FleetFile(Part):
     """A whole fleet file, checked but for the names of profiles and modes."""
 
     name: str
     description: str = ""
     clients: PositiveInt | None = None
     mode_period: Annotated[int, Field(ge=0)] = 0
-    compute_jitter_sigma: Number = _fixed(0.02)
+    compute_jitter_sigma: Number = fixed(0.02)
     devices: Annotated[list[DeviceSpec], Field(min_length=1)]
     links: Annotated[dict[str, LinkSpec], Field(min_length=1)]
+    availability: Availability | None = None
+    dropout: Dropout | None = None
+    throttle: Throttle | None = None
+    mode_period_s: Number | None = None
+    overhead: Number = fixed(0.0)
+    replay: Replay | None = None
+    roaming: Roaming | None = None
+    access_points: dict[str, AccessPoint] = Field(default_factory=dict)
+    server_link: ServerLink | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> FleetFile:
-        _check_unit("compute_jitter_sigma", self.compute_jitter_sigma, "1")
+        check_unit("compute_jitter_sigma", self.compute_jitter_sigma, "1")
         if self.compute_jitter_sigma.smallest < 0 or self.compute_jitter_sigma.draw != "fixed":
             raise ValueError("compute_jitter_sigma must be one fixed number of at least 0")
         if self.compute_jitter_sigma.value > MOST_SIGMA:
@@ -155,7 +139,26 @@ class FleetFile(_Part):
         for device in self.devices:
             if device.link is not None and device.link not in self.links:
                 raise ValueError(unknown("link", device.link, self.links))
+        self._check_world()
         return self
+
+    def _check_world(self) -> None:
+        if self.mode_period_s is not None:
+            check_range("mode_period_s", self.mode_period_s, "s", 1.0, 1e9)
+            if self.mode_period_s.draw != "fixed":
+                raise ValueError("mode_period_s must be one fixed number")
+            if self.mode_period:
+                raise ValueError("mode_period (rounds) and mode_period_s (seconds) exclude each other")
+        if self.roaming is not None and self.replay is not None:
+            raise ValueError("roaming and replay exclude each other")
+        for name in [] if self.replay is None else self.replay.links or []:
+            if name not in self.links:
+                raise ValueError(f"replay.links: {unknown('link', name, self.links)}")
+        check_range("overhead", self.overhead, "1", 0.0, 10.0)
+        if self.overhead.draw != "fixed":
+            raise ValueError("overhead must be one fixed number")
+        if self.roaming is not None and len(self.links) == 1:
+            raise ValueError("roaming needs at least two links to move between")
 
     @property
     def pattern(self) -> list[DeviceSpec]:
@@ -165,11 +168,6 @@ class FleetFile(_Part):
 
 def _hint(name: str) -> str:
     return "; the standard deviation of the time's logarithm, so 0.1 for about 10 %" if "sigma" in name else ""
-
-
-def _check_unit(name: str, number: Number, unit: str) -> None:
-    if number.unit not in (None, unit):
-        raise ValueError(f"{name} has the unit '{number.unit}' (allowed: '{unit}')")
 
 
 def fleet_names() -> list[str]:
@@ -236,7 +234,17 @@ def read_fleet_file(path: Path) -> FleetFile:
         raise ProfileError(f"fleet file '{path}': {_sentence(error)}") from error
 
 
-_MODELS: dict[str, type[BaseModel]] = {"devices": DeviceSpec, "links": LinkSpec}
+_MODELS: dict[str, type[BaseModel]] = {"devices": DeviceSpec, "links": LinkSpec, "access_points": AccessPoint}
+_PARTS: dict[str, type[BaseModel]] = {
+    "dropout": Dropout,
+    "throttle": Throttle,
+    "replay": Replay,
+    "roaming": Roaming,
+    "server_link": ServerLink,
+    "availability.on_off": OnOff,
+    "availability.daily": Daily,
+    "availability.trace": TraceFile,
+}
 
 
 def _sentence(error: ValidationError) -> str:
@@ -253,6 +261,10 @@ def _sentence(error: ValidationError) -> str:
             fields = FleetFile.model_fields
         elif len(parents) == 2 and parents[0] in _MODELS:
             fields = _MODELS[str(parents[0])].model_fields
+        elif ".".join(map(str, parents)) in _PARTS:
+            fields = _PARTS[".".join(map(str, parents))].model_fields
+        elif parents[:2] == ("throttle", "steps"):
+            fields = ThrottleStep.model_fields
         else:
             fields = Number.model_fields
         return f"{field} is not a known key{nearest(key, fields)} (allowed: {', '.join(fields)})"

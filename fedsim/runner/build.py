@@ -23,6 +23,7 @@ from fedsim.data.partition import partition
 from fedsim.errors import ConfigError
 from fedsim.federation.federation import Federation
 from fedsim.federation.parts import Parts
+from fedsim.fleet.dynamics import Dynamics, check_arrays
 from fedsim.fleet.fleet import Fleet, load_fleet
 from fedsim.learn.entries import CRITERIA
 from fedsim.learn.model.linears import target_linears
@@ -99,7 +100,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     ask = build_ask(config, method, shape, clock_shape)
 
     facts = _facts(config, fleet, clock_shape)
-    player = chosen_player(config, participants)
+    player = chosen_player(config, participants, fleet.dynamics)
     facts["player"] = player
     labels_of_learning: list[str] = []
     learner: Learner
@@ -153,13 +154,21 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     return Experiment(config, fleet, Federation(parts), policy, fraction, facts, tuple(labels_of_learning), player)
 
 
-def chosen_player(config: Config, participants: int) -> str:
+def chosen_player(config: Config, participants: int, dynamics: Dynamics | None = None) -> str:
     """What plays the clock: ``server.clock``, where ``auto`` is SimPy's processes unless they would cost too much.
 
     Arrays give the same numbers to the bit, and are taken where nothing is trained and so many clients take part that
-    the processes would be more than a tenth of the run's host time by more than a moment.
+    the processes would be more than a tenth of the run's host time by more than a moment. Where clients meet, drop or
+    change only the processes can say what happens.
+
+    Raises:
+        ConfigError: arrays for such a fleet.
     """
     asked = config.server.clock
+    if dynamics is not None and dynamics.said:
+        if asked == "arrays":
+            check_arrays(dynamics)
+        return "processes"
     if asked != "auto":
         return asked
     trains = config.train.engine not in ("none", "surrogate")

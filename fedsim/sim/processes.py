@@ -10,113 +10,31 @@ events. Flights that are given up leave their event in the queue; it finds them 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from heapq import heappush
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
-from simpy.events import NORMAL, Event, Timeout
+from simpy.events import Event, Timeout
 
 from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.fleet.dynamics import Dynamics
+from fedsim.fleet.fleet import Fleet
+from fedsim.sim.computing import Computing
+from fedsim.sim.flight_clock import (
+    ARRIVED,
+    BEHIND_ALL,
+    BEHIND_WORK,
+    COMPUTING,
+    DOWNLOADING,
+    STOPPED,
+    UPLOADING,
+    SimClock,
+    Trip,
+)
 from fedsim.sim.mid_flight import pack_trips, unpack_trips
+from fedsim.sim.shared_links import SharedLinks
+from fedsim.sim.transport import PrivateLinks, Transport, VaryingLinks
 from fedsim.sim.trips import Landed, Moves, Stamps, Trips
-
-DOWNLOADING, COMPUTING, UPLOADING, ARRIVED, STOPPED = range(5)
-"""Where a flight is; the first four are its completed phases, too. `STOPPED`: the job did not fit in memory."""
-
-_BEHIND_ALL = NORMAL + 1
-"""Priority of the server's wake: after whatever else happens at that moment."""
-
-
-class SimClock(simpy.Environment):
-    """SimPy's environment, with events at an absolute time: a resumed phase must end at the very same number."""
-
-    def schedule_at(self, event: Event, time_s: float, priority: int = NORMAL) -> None:
-        """Put `event` into the queue at `time_s`, not before the present."""
-        heappush(self._queue, (time_s, priority, next(self._eid), event))  # type: ignore[misc]
-
-
-class Trip:
-    """One flight on its way. See `Trips` and `Stamps` for the columns."""
-
-    __slots__ = (
-        "batch",
-        "block",
-        "client",
-        "compute_end_s",
-        "compute_s",
-        "download_end_s",
-        "download_s",
-        "due_s",
-        "fits_memory",
-        "gone",
-        "logged",
-        "phase",
-        "place",
-        "start_s",
-        "upload_end_s",
-        "upload_s",
-    )
-
-    def __init__(
-        self,
-        batch: Trips,
-        place: int,
-        client: int,
-        download_s: float,
-        compute_s: float,
-        upload_s: float,
-        fits_memory: bool,
-        start_s: float,
-        block: int,
-    ) -> None:
-        self.batch, self.place, self.client = batch, place, client
-        self.download_s, self.compute_s, self.upload_s = download_s, compute_s, upload_s
-        self.fits_memory, self.start_s, self.block = fits_memory, start_s, block
-        self.download_end_s = self.compute_end_s = self.upload_end_s = math.nan
-        self.phase, self.logged = DOWNLOADING, -1
-        self.gone = False
-        self.due_s = math.nan  # when the present phase ends, where that is known
-
-    @property
-    def phases_done(self) -> int:
-        """Completed phases."""
-        return 1 if self.phase == STOPPED else self.phase
-
-
-Done = Callable[[Event], None]
-"""Called with an event whose value is the trip."""
-
-
-class Transport(Protocol):
-    """Moves the bytes of flights, down and up."""
-
-    def download(self, trip: Trip, done: Done) -> None:
-        """Start a download now; `done` is called when the last byte has arrived."""
-
-    def upload(self, trip: Trip, done: Done) -> None:
-        """Start an upload now."""
-
-
-class PrivateLinks:
-    """Every client has its link to itself: a transfer takes as long as it does alone."""
-
-    def __init__(self, clock: SimClock) -> None:
-        self._clock = clock
-
-    def download(self, trip: Trip, done: Done) -> None:
-        """Start a download now."""
-        event = Timeout(self._clock, trip.download_s, trip)
-        event.callbacks.append(done)  # type: ignore[union-attr]
-        trip.due_s = self._clock._now + trip.download_s
-
-    def upload(self, trip: Trip, done: Done) -> None:
-        """Start an upload now."""
-        event = Timeout(self._clock, trip.upload_s, trip)
-        event.callbacks.append(done)  # type: ignore[union-attr]
-        trip.due_s = self._clock._now + trip.upload_s
 
 
 class ProcessPlayer:
@@ -126,14 +44,22 @@ class ProcessPlayer:
         clients: of the fleet.
         now_s: the simulated clock at the start.
         held: whether a client stays with the server until its update is merged.
+        fleet: whose clients may meet, drop or change; None: they do not.
     """
 
-    def __init__(self, clients: int, now_s: float, *, held: bool) -> None:
+    def __init__(self, clients: int, now_s: float, *, held: bool, fleet: Fleet | None = None) -> None:
         self.flying = self.waiting = 0
         self.timer_over = False
         self.idle: NDArray[np.bool_] = np.ones(clients, dtype=bool)
         self._clock = SimClock(initial_time=now_s)
+        dynamics = None if fleet is None or fleet.dynamics is None or not fleet.dynamics.said else fleet.dynamics
+        self._moving = dynamics is not None
         self._transport: Transport = PrivateLinks(self._clock)
+        self._computing: Computing | None = None
+        if fleet is not None and dynamics is not None:
+            self._transport = transport_of(self._clock, dynamics)
+            if dynamics.heat is not None or dynamics.mode_period_s is not None:
+                self._computing = Computing(fleet)
         self._held = held
         self._at_work: dict[int, Trip] = {}
         self._arrived: list[Trip] = []
@@ -160,8 +86,11 @@ class ProcessPlayer:
     def launch(self, trips: Trips) -> None:
         """Send flights off now."""
         now_s, block, download, done = self._clock.now, self._block, self._transport.download, self._downloaded
+        moving = self._moving
         for place, (client, download_s, compute_s, upload_s, fits) in enumerate(_rows(trips)):
             trip = Trip(trips, place, client, download_s, compute_s, upload_s, fits, now_s, block)
+            if moving:
+                self._prepare(trip)
             self._at_work[client] = trip
             self._touched.append(trip)
             download(trip, done)
@@ -176,7 +105,7 @@ class ProcessPlayer:
                 timer = Event(self._clock)
                 timer._ok, timer._value = True, timer_s
                 timer.callbacks.append(self._timer)  # type: ignore[union-attr]
-                self._clock.schedule_at(timer, max(timer_s, self._clock.now), _BEHIND_ALL)
+                self._clock.schedule_at(timer, max(timer_s, self._clock.now), BEHIND_ALL)
         elif not self.flying:
             return False
         self._left, self._awake, self.timer_over, step = patience, False, False, self._clock.step
@@ -192,7 +121,7 @@ class ProcessPlayer:
         late = list(self._at_work) if given_up is None else given_up.tolist()
         for client in late:
             trip = self._at_work.pop(client)
-            trip.gone = True
+            self._halt(trip)
             self._touch(trip)
             landed.append(trip)
         self._stopped, self.flying, self.waiting = [], len(self._at_work), len(self._arrived)
@@ -213,7 +142,7 @@ class ProcessPlayer:
             moving,
             moved,
             phases_logged=np.array([trip.logged for trip in moves_of], dtype=np.int64),
-            late=np.array([trip.gone for trip in moves_of], dtype=bool),
+            late=np.array([trip.gone and not trip.lost for trip in moves_of], dtype=bool),
         )
         for trip in touched:
             trip.logged = trip.phases_done
@@ -225,14 +154,18 @@ class ProcessPlayer:
         trip: Trip = event._value
         if trip.gone:
             return
+        if trip.drop_phase == DOWNLOADING:
+            self._lose(trip, trip.drop_share)
+            return
         trip.download_end_s = now_s = self._clock._now
         if trip.block != self._block:
             self._touch(trip)
         if trip.fits_memory:
             trip.phase = COMPUTING
-            computing = Timeout(self._clock, trip.compute_s, trip)
+            seconds = trip.compute_s if self._computing is None else self._computing.seconds(trip, now_s)
+            computing = Timeout(self._clock, seconds, trip)
             computing.callbacks.append(self._computed)  # type: ignore[union-attr]
-            trip.due_s = now_s + trip.compute_s
+            trip.due_s = now_s + seconds
             return
         trip.phase = STOPPED
         trip.compute_end_s = trip.upload_end_s = now_s
@@ -243,7 +176,12 @@ class ProcessPlayer:
         trip: Trip = event._value
         if trip.gone:
             return
+        if trip.drop_phase == COMPUTING:
+            self._lose(trip, math.nan)
+            return
         trip.compute_end_s = self._clock._now
+        if self._computing is not None:
+            self._computing.ended(trip, trip.download_end_s, trip.compute_end_s)
         trip.phase = UPLOADING
         if trip.block != self._block:
             self._touch(trip)
@@ -253,6 +191,9 @@ class ProcessPlayer:
         trip: Trip = event._value
         if trip.gone:
             return
+        if trip.drop_phase == UPLOADING:
+            self._lose(trip, trip.drop_share)
+            return
         trip.upload_end_s = self._clock._now
         trip.phase = ARRIVED
         if trip.block != self._block:
@@ -261,6 +202,58 @@ class ProcessPlayer:
         self.waiting += 1
         self._left -= 1
         self._ended(trip)
+
+    def _prepare(self, trip: Trip) -> None:
+        """What will end the flight before its time, and how late."""
+        batch, place = trip.batch, trip.place
+        trip.latency_s = float(batch.latency_s[place])
+        trip.drop_phase, trip.drop_share = int(batch.drop_phase[place]), float(batch.drop_share[place])
+        if trip.drop_phase == DOWNLOADING:
+            trip.download_s = trip.latency_s + trip.drop_share * (trip.download_s - trip.latency_s)
+        elif trip.drop_phase == UPLOADING:
+            trip.upload_s = trip.latency_s + trip.drop_share * (trip.upload_s - trip.latency_s)
+        elif trip.drop_phase == COMPUTING and self._computing is None:
+            trip.compute_s *= trip.drop_share
+        off_s = float(batch.off_s[place])
+        if off_s < math.inf:
+            event = Event(self._clock)
+            event._ok, event._value = True, trip
+            event.callbacks.append(self._left_off)  # type: ignore[union-attr]
+            self._clock.schedule_at(event, off_s, BEHIND_WORK)
+
+    def _left_off(self, event: Event) -> None:
+        """A client goes off: what it was doing is lost."""
+        trip: Trip = event._value
+        if not trip.gone and trip.phase < ARRIVED:
+            self._halt(trip)
+            self._lose(trip, trip.moved)
+
+    def _lose(self, trip: Trip, moved: float) -> None:
+        """The client drops out now."""
+        now_s = self._clock._now
+        if trip.phase == COMPUTING and not trip.gone and self._computing is not None:
+            self._computing.ended(trip, trip.download_end_s, now_s)
+        trip.gone = trip.lost = True
+        trip.moved = moved
+        self._touch(trip)
+        if trip.phase == DOWNLOADING:
+            trip.download_end_s = now_s
+        if trip.phase <= COMPUTING:
+            trip.compute_end_s = now_s
+        trip.upload_end_s = now_s
+        self._stopped.append(trip)
+        self._ended(trip)
+
+    def _halt(self, trip: Trip) -> None:
+        """Cut what a flight is doing."""
+        if trip.phase == COMPUTING:
+            if self._computing is not None:
+                self._computing.ended(trip, trip.download_end_s, self._clock._now)
+        elif self._moving:
+            trip.moved = self._transport.stop(trip)
+            if trip.phase == trip.drop_phase:
+                trip.moved *= trip.drop_share
+        trip.gone = True
 
     def _ended(self, trip: Trip) -> None:
         """A client's own work is over: wake the server if it waited for that."""
@@ -273,7 +266,7 @@ class ProcessPlayer:
             wake = Event(self._clock)
             wake._ok, wake._value = True, None
             wake.callbacks.append(self._wake)  # type: ignore[union-attr]
-            self._clock.schedule_at(wake, self._clock.now, _BEHIND_ALL)
+            self._clock.schedule_at(wake, self._clock.now, BEHIND_ALL)
 
     def _wake(self, event: Event) -> None:
         self._wake_due, self._awake = False, True
@@ -303,6 +296,8 @@ class ProcessPlayer:
             compute_end_s=compute_end_s,
             upload_end_s=upload_end_s,
             phases_done=np.array([trip.phases_done for trip in trips], dtype=np.int64),
+            lost=np.array([trip.lost for trip in trips], dtype=bool) if self._moving else None,
+            moved=np.array([trip.moved for trip in trips], dtype=np.float64) if self._moving else None,
         )
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
@@ -310,8 +305,9 @@ class ProcessPlayer:
     def state(self) -> dict[str, np.ndarray]:
         """Flights at work and updates that wait, as arrays; empty where there are none."""
         trips = sorted([*self._at_work.values(), *self._arrived], key=_by_client)
+        lasting = self._computing.state() if self._computing is not None else {}
         if not trips:
-            return {}
+            return lasting
         stamps = ("start_s", "download_end_s", "compute_end_s", "upload_end_s", "due_s")
         columns: dict[str, FloatArray] = {
             name: np.array([getattr(trip, name) for trip in trips], dtype=np.float64) for name in stamps
@@ -319,14 +315,19 @@ class ProcessPlayer:
         counts = {
             name: np.array([getattr(trip, name) for trip in trips], dtype=np.int64) for name in ("phase", "logged")
         }
-        return {**pack_trips(_columns(trips)), **columns, **counts}
+        return {**pack_trips(_columns(trips)), **columns, **counts, **self._transport.state(trips), **lasting}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Rebuild the event queue from what `state` gave."""
         if not state:
             return
+        if self._computing is not None:
+            self._computing.restore(state)
+        if "phase" not in state:
+            return
         batch = unpack_trips(state)
-        next_step = {DOWNLOADING: self._downloaded, COMPUTING: self._computed, UPLOADING: self._uploaded}
+        done = {DOWNLOADING: self._downloaded, UPLOADING: self._uploaded}
+        moving: list[Trip] = []
         for place, (client, download_s, compute_s, upload_s, fits) in enumerate(_rows(batch)):
             start_s = float(state["start_s"][place])
             trip = Trip(batch, place, client, download_s, compute_s, upload_s, fits, start_s, -1)
@@ -342,10 +343,23 @@ class ProcessPlayer:
             self._at_work[trip.client] = trip
             self.flying += 1
             self.idle[trip.client] = False
+            if self._moving:
+                self._prepare(trip)
+            if trip.phase != COMPUTING:
+                moving.append(trip)
+                continue
             event = Event(self._clock)
             event._ok, event._value = True, trip
-            event.callbacks.append(next_step[trip.phase])  # type: ignore[union-attr]
+            event.callbacks.append(self._computed)  # type: ignore[union-attr]
             self._clock.schedule_at(event, trip.due_s)
+        self._transport.restore(moving, done, state)
+
+
+def transport_of(clock: SimClock, dynamics: Dynamics) -> Transport:
+    """What moves the bytes in a fleet: shared, varying or constant links."""
+    if dynamics.sharing is not None:
+        return SharedLinks(clock, dynamics.sharing, dynamics.curve)
+    return PrivateLinks(clock) if dynamics.curve is None else VaryingLinks(clock, dynamics.curve)
 
 
 def _rows(trips: Trips) -> Iterator[tuple[int, float, float, float, bool]]:

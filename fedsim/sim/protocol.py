@@ -117,17 +117,27 @@ def finished(settings: ServerSettings, state: SimState) -> bool:
     return state.next_round >= settings.rounds or out_of_time or state.target_met
 
 
-def sample_clients(fleet_clients: int, settings: ServerSettings, seed: int, round_index: int) -> tuple[IntArray, int]:
+def sample_clients(
+    fleet_clients: int,
+    settings: ServerSettings,
+    seed: int,
+    round_index: int,
+    there: NDArray[np.bool_] | None = None,
+) -> tuple[IntArray, int]:
     """A round's participants, by the rule of ``server.selection``.
 
+    Args:
+        there: mask (clients,) of those that can be drawn; None: all. Where they are fewer than asked, all of them.
     Returns:
         The participants, ascending, shape (P,), over-selection included; and how many updates the round waits for.
     Raises:
         ConfigError: more clients per round than the fleet has, or a rule that does not choose so many.
     """
     everyone = np.arange(fleet_clients, dtype=np.int64)
-    if settings.clients_per_round == "all":
-        return everyone, fleet_clients
+    if there is not None:
+        everyone = everyone[there]
+    if settings.clients_per_round == "all" or not len(everyone):
+        return everyone, len(everyone)
     quota = settings.clients_per_round
     if quota > fleet_clients:
         raise ConfigError(
@@ -135,6 +145,6 @@ def sample_clients(fleet_clients: int, settings: ServerSettings, seed: int, roun
             f"(allowed: 1 to {fleet_clients}, or 'all')"
         )
     # The small allowance keeps 10 * 1.1 from becoming 12 through rounding.
-    dispatched = min(fleet_clients, math.ceil(quota * (1.0 + settings.over_selection) - 1e-9))
+    dispatched = min(len(everyone), math.ceil(quota * (1.0 + settings.over_selection) - 1e-9))
     context = SelectionContext(seed, round_index)
-    return choose_clients(settings.selection, everyone, dispatched, context), quota
+    return choose_clients(settings.selection, everyone, dispatched, context), min(quota, dispatched)

@@ -6,6 +6,7 @@ ends at the very moment of a merge has arrived. Server computation takes no simu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 
 from fedsim.contracts.flights import Strategy
 from fedsim.errors import RunError
+from fedsim.fleet.dynamics import check_arrays
 from fedsim.fleet.fleet import Fleet
 from fedsim.settings import ServerSettings
 from fedsim.sim.arrays import ArrayPlayer
-from fedsim.sim.event_log import log_merge, log_modes, log_moves, log_open
+from fedsim.sim.event_log import log_merge, log_mode_changes, log_modes, log_moves, log_open
 from fedsim.sim.processes import ProcessPlayer
 from fedsim.sim.protocol import OnMerge, ServerProtocol, SimState, finished, sample_clients, state_after
 from fedsim.sim.sync import Sync
@@ -35,15 +37,26 @@ __all__ = [
     "state_after",
 ]
 
+_MOST_IN_VAIN = 100_000
+"""Flights that may be sent off without a merge, beside a hundred for each client of the fleet. [ours]"""
+
 
 def make_protocol(settings: ServerSettings, clients: int, seed: int) -> ServerProtocol:
     """The protocol that ``server.mode`` names."""
     return Sync(settings, clients, seed)
 
 
-def make_player(name: str, clients: int, now_s: float, *, held: bool) -> Player:
-    """The player called ``processes`` or ``arrays``."""
-    return ArrayPlayer(clients, now_s) if name == "arrays" else ProcessPlayer(clients, now_s, held=held)
+def make_player(name: str, fleet: Fleet, now_s: float, *, held: bool) -> Player:
+    """The player called ``processes`` or ``arrays``.
+
+    Raises:
+        ConfigError: arrays for clients that meet, drop or change.
+    """
+    if name != "arrays":
+        return ProcessPlayer(fleet.clients, now_s, held=held, fleet=fleet)
+    if fleet.dynamics is not None:
+        check_arrays(fleet.dynamics)
+    return ArrayPlayer(fleet.clients, now_s)
 
 
 class Server:
@@ -67,6 +80,9 @@ class Server:
         self._fleet, self._strategy, self._protocol, self._player = fleet, strategy, protocol, player
         self._settings, self._on_merge, self._state = settings, on_merge, start
         self._trace = Trace(start.trace_hash)
+        self._presence = None if fleet.dynamics is None else fleet.dynamics.presence
+        self._timer_s: float | None = None
+        self._in_vain = 0  # flights sent off since the last merge
 
     # -- what the protocol sees ---------------------------------------------------------------------------------------
 
@@ -103,12 +119,14 @@ class Server:
     @property
     def timer_over(self) -> bool:
         """Whether the protocol's timer is over."""
-        return self._player.timer_over
+        timer_s = self._timer_s
+        return self._player.timer_over and timer_s is not None and self.now_s >= timer_s
 
     @property
     def idle(self) -> NDArray[np.bool_]:
         """Clients that may be sent off."""
-        return self._player.idle
+        idle = self._player.idle
+        return idle if self._presence is None else idle & self._presence.on(self.now_s)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -117,16 +135,41 @@ class Server:
         protocol, player = self._protocol, self._player
         while not finished(self._settings, self._state):
             log_modes(self._trace, self._fleet, self.version, self.now_s)
+            self._in_vain = 0
             # What is due is merged before anybody is sent off: who flies now takes all that has arrived along.
             while (merged := protocol.due(self)) is None:
                 self._send_off()
-                if not player.advance(protocol.patience(self), protocol.timer_s(self)):
+                if not player.advance(protocol.patience(self), self._look_s()):
                     raise RunError(
                         f"nothing can happen any more at {self.now_s:g} simulated s: no client is at work, and the "
                         f"server's protocol sends nobody off (merge {self.version} of {self._settings.rounds})"
                     )
             self._merge(merged)
         return self._state
+
+    def _look_s(self) -> float | None:
+        """When the server looks at the latest: the protocol's time, or when a client comes back that it may want.
+
+        Raises:
+            RunError: nobody is at work or there, and nobody comes back.
+        """
+        self._timer_s = timer_s = self._protocol.timer_s(self)
+        presence = self._presence
+        if presence is None:
+            return timer_s
+        next_s, alone = presence.next_arrival_s(self.now_s), not (self.flying or self.waiting or self.stopped)
+        if alone and math.isinf(next_s) and not presence.on(self.now_s).any():
+            raise RunError(
+                f"no client is there any more at {self.now_s:g} simulated s, and none comes back (merge {self.version} "
+                f"of {self._settings.rounds}): see availability, join_s and leave_s in the fleet file"
+            )
+        if timer_s is not None and alone and timer_s <= self.now_s:
+            timer_s = None  # it is over, and there is nobody whom it could end
+        wants = getattr(self._protocol, "wants_more", None)
+        looks = alone or (not self._protocol.held if wants is None else wants(self))
+        if not looks or math.isinf(next_s):
+            return timer_s
+        return next_s if timer_s is None else min(next_s, timer_s)
 
     def _send_off(self) -> None:
         clients = self._protocol.start(self)
@@ -135,12 +178,21 @@ class Server:
         flights = self._strategy.dispatch(clients, self.version, self.now_s)
         if not np.array_equal(flights.clients, clients) or (flights.version != self.version).any():
             raise ValueError(f"the strategy's flights are not those of version {self.version} and its clients")
+        self._in_vain += len(clients)
+        if self._in_vain > _MOST_IN_VAIN + 100 * self._fleet.clients:
+            raise RunError(
+                f"{self._in_vain} flights were sent off since merge {self.version} (simulated {self.opened_s:g} to "
+                f"{self.now_s:g} s), and too few came back for the next: the clients drop out or go off before they "
+                f"can finish (the last sent off: client {clients[-1]})"
+            )
         log_open(self._trace, self.now_s, self.version, len(clients))
         self._player.launch(trips_of(self._fleet, flights, self.version))
 
     def _merge(self, merged: int) -> None:
         index, now_s = self.version, self.now_s
         landed = self._player.land(merged, self._protocol.abandon(self))
+        if self._fleet.dynamics is not None and self._fleet.dynamics.mode_period_s is not None:
+            log_mode_changes(self._trace, self._fleet, index, self.opened_s, now_s)
         log_moves(self._trace, index, now_s, landed.moves)
         log_merge(self._trace, now_s, index, merged)
         arrivals = arrivals_of(self._fleet, landed, index, self.opened_s, now_s, held=self._protocol.held)
@@ -181,6 +233,6 @@ def simulate(
     """
     state = SimState() if start is None else start
     rule = make_protocol(settings, fleet.clients, seed) if protocol is None else protocol
-    clock = make_player(player, fleet.clients, state.now_s, held=rule.held)
+    clock = make_player(player, fleet, state.now_s, held=rule.held)
     clock.restore(dict(under_way or {}))
     return Server(fleet, strategy, rule, clock, settings, on_merge, state).run()

@@ -31,13 +31,17 @@ class Sync:
 
     def __init__(self, settings: ServerSettings, clients: int, seed: int) -> None:
         self._settings, self._clients, self._seed = settings, clients, seed
+        self._sent_s = 0.0
         self._quota = clients if settings.clients_per_round == "all" else settings.clients_per_round
 
     def start(self, view: ServerView) -> IntArray:
         """A round's participants, when no round is under way."""
         if _is_open(view):
             return _NOBODY
-        return sample_clients(self._clients, self._settings, self._seed, view.version)[0]
+        self._sent_s = view.now_s
+        idle = view.idle
+        there = None if idle.all() else idle
+        return sample_clients(self._clients, self._settings, self._seed, view.version, there)[0]
 
     def patience(self, view: ServerView) -> int:
         """All that the round still waits for."""
@@ -45,7 +49,7 @@ class Sync:
 
     def timer_s(self, view: ServerView) -> float | None:
         """The deadline."""
-        return None if self._settings.deadline_s is None else view.opened_s + self._settings.deadline_s
+        return None if self._settings.deadline_s is None else self._sent_s + self._settings.deadline_s
 
     def due(self, view: ServerView) -> int | None:
         """All that have arrived, once enough have, the deadline is over or nobody is at work."""

@@ -35,6 +35,7 @@ class Event(IntEnum):
     UPLOAD_END = 6  # bytes sent
     LATE = 7  # phases completed when it was given up: 0 none, 1 download, 2 compute
     ROUND_CLOSE = 8  # updates that were merged
+    DROPPED = 9  # phases completed when the client dropped out: 0 none, 1 download, 2 compute
 
 
 _KINDS = ("<f8", "<i8", "<i8", "<i8", "<f8")

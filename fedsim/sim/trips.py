@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fedsim.contracts.common import FloatArray, IntArray, Outcome
 from fedsim.contracts.flights import Arrivals, Flights, Places
 from fedsim.errors import ProfileError
+from fedsim.fleet.dynamics import NO_DROP
 from fedsim.fleet.fleet import Fleet
 from fedsim.fleet.link import bytes_moved
 
@@ -28,6 +29,9 @@ class Trips:
         download_s, upload_s: how long each transfer takes with the link to itself.
         compute_s: how long the job takes.
         fits_memory: False: the client downloads, finds that the job does not fit, and stops.
+        latency_s: of each transfer, before its first byte; part of its seconds.
+        off_s: when the client will be gone, whatever it does then; infinite where it stays.
+        drop_phase, drop_share: in which phase the flight is lost (`NO_DROP`: in none), after which share of it.
     """
 
     flights: Flights
@@ -36,6 +40,10 @@ class Trips:
     compute_s: FloatArray
     upload_s: FloatArray
     fits_memory: NDArray[np.bool_]
+    latency_s: FloatArray
+    off_s: FloatArray
+    drop_phase: IntArray
+    drop_share: FloatArray
 
     def __len__(self) -> int:
         return len(self.flights)
@@ -61,6 +69,8 @@ class Stamps:
 
     Attributes:
         phases_done: completed phases out of `PHASES`.
+        lost: whose client dropped out; None: nobody's.
+        moved: share of a transfer that was cut, NaN or None: pro rata of its planned time.
     """
 
     download_start_s: FloatArray
@@ -68,6 +78,8 @@ class Stamps:
     compute_end_s: FloatArray
     upload_end_s: FloatArray
     phases_done: IntArray
+    lost: NDArray[np.bool_] | None = None
+    moved: FloatArray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +155,9 @@ class Player(Protocol):
         """Go on from what `state` gave."""
 
 
+__all__ = ["NO_DROP", "PHASES", "Landed", "Moves", "Player", "Stamps", "Trips", "arrivals_of", "trips_of"]
+
+
 def trips_of(fleet: Fleet, flights: Flights, version: int) -> Trips:
     """All durations of a dispatch at once.
 
@@ -151,6 +166,16 @@ def trips_of(fleet: Fleet, flights: Flights, version: int) -> Trips:
     """
     clients, flight, work = flights.clients, flights.flight, flights.work
     mode_row = fleet.mode_rows(version, clients)
+    dynamics = fleet.dynamics
+    if dynamics is not None and dynamics.mode_period_s is not None:
+        mode_row = fleet.mode_rows_at(flights.dispatch_s, clients)
+    off_s = np.full(len(clients), np.inf)
+    if dynamics is not None and dynamics.presence is not None and len(clients):
+        off_s = dynamics.presence.off_s(clients, float(flights.dispatch_s[0]))
+    if dynamics is not None and dynamics.drop_chance.any():
+        drop_phase, drop_share = dynamics.drops(fleet.seed, clients, flight)
+    else:
+        drop_phase, drop_share = np.full(len(clients), NO_DROP), np.ones(len(clients))
     rates = fleet.rates_at(mode_row)
     down_s = fleet.download_seconds(flight, clients, work.download_bytes)
     up_s = fleet.upload_seconds(flight, clients, work.upload_bytes)
@@ -161,6 +186,10 @@ def trips_of(fleet: Fleet, flights: Flights, version: int) -> Trips:
         compute_s=_checked("compute", fleet.compute_seconds(flight, clients, work, rates), fleet, flights),
         upload_s=_checked("upload", up_s, fleet, flights),
         fits_memory=work.peak_memory_bytes <= rates.usable_memory_bytes,
+        latency_s=fleet.latency(clients),
+        off_s=off_s,
+        drop_phase=drop_phase,
+        drop_share=drop_share,
     )
 
 
@@ -181,16 +210,28 @@ def arrivals_of(
     clients, work = flights.clients, flights.work
     late = (done < PHASES) & (fits | (done == 0))
     outcome = np.where(late, Outcome.LATE, np.where(fits, Outcome.OK, Outcome.OUT_OF_MEMORY)).astype(np.int64)
+    if stamps.lost is not None:
+        outcome[stamps.lost] = Outcome.DROPPED
     download_s = stamps.download_end_s - stamps.download_start_s
     compute_s = stamps.compute_end_s - stamps.download_end_s
     upload_s = stamps.upload_end_s - stamps.compute_end_s
     latency_s = fleet.latency(clients)
     cut_down = bytes_moved(work.download_bytes, download_s, trips.download_s, latency_s)
     cut_up = bytes_moved(work.upload_bytes, upload_s, trips.upload_s, latency_s)
+    if stamps.moved is not None:
+        measured = ~np.isnan(stamps.moved)
+        cut_down = np.where(measured, work.download_bytes * stamps.moved, cut_down)
+        cut_up = np.where(measured, work.upload_bytes * stamps.moved, cut_up)
     released_s = np.full(len(trips), end_s) if held else stamps.upload_end_s
+    if stamps.lost is not None:  # who is gone is not held
+        released_s = np.where(stamps.lost, stamps.upload_end_s, released_s)
     rates = fleet.rates_at(trips.mode_row)
     idle_joules = rates.idle_power_watts * ((released_s - flights.dispatch_s) - compute_s)
-    joules = rates.busy_power_watts * compute_s + rates.radio_power_watts * (download_s + upload_s) + idle_joules
+    if fleet.dynamics is not None and fleet.dynamics.mode_period_s is not None:
+        busy_joules = fleet.busy_joules(clients, stamps.download_end_s, stamps.compute_end_s)
+    else:
+        busy_joules = rates.busy_power_watts * compute_s
+    joules = busy_joules + rates.radio_power_watts * (download_s + upload_s) + idle_joules
     return Arrivals(
         merge_index=merge_index,
         start_s=start_s,

@@ -24,6 +24,8 @@ class ToyFleet:
     usable_bytes: float = 100.0
     latency_s: float = 0.0
     wobble: Any = None
+    dynamics: Any = None
+    mode_clock: Any = None
 
     @property
     def clients(self):
