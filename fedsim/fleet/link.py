@@ -2,7 +2,7 @@
 
 Seconds of one transfer = latency + jitter * 8 * bytes / (bits per second). The jitter multiplies the time, not the
 bandwidth, so that its mean leaves the mean time as it is. Each client has its link for itself; links that share an
-access point would take the place of the timeouts in `fedsim.sim.processes`.
+access point take the place of the timeouts (`fedsim.sim.shared_links`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ point meet at the server's link only.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -124,21 +125,14 @@ class SharedLinks:
             needs_s = self._curve.seconds(trip.client, self._clock._now, needs_s, up=up)
         lane = self._lanes[self._point_of[trip.client]][up]
         changed = self._settle(lane)
-        transfer = _Transfer(trip, done, needs_s, lane.clock + needs_s, self._rate(trip, lane, needs_s))
+        transfer = _Transfer(
+            trip, done, needs_s, lane.clock + needs_s, _bits_per_s(trip, needs_s, up=up) if self._limited[up] else 0
+        )
         heappush(lane.queue, (transfer.ends, trip.client, next(self._serial), transfer))
         lane.count += 1
         lane.bits_per_s += transfer.bits_per_s
         self._under_way[trip.client] = transfer
         self._speed_up(changed)
-
-    def _rate(self, trip: Trip, lane: _Lane, needs_s: float) -> int:
-        if not self._limited[lane.direction] or needs_s <= 0.0:
-            return 0
-        work, up = trip.batch.flights.work, lane.direction == UP
-        payload = float((work.upload_bytes if up else work.download_bytes)[trip.place])
-        if trip.drop_phase == trip.phase:
-            payload *= trip.drop_share
-        return round(BITS_PER_BYTE * payload / needs_s)
 
     def stop(self, trip: Trip) -> float:
         """End a transfer: those beside it go on faster."""
@@ -248,19 +242,9 @@ class SharedLinks:
     def state(self, trips: list[Trip]) -> dict[str, np.ndarray]:
         """Each transfer's remaining need, and each lane's clock with the time of its last change."""
         rows = [(trip.client in self._under_way, self._under_way.get(trip.client)) for trip in trips]
-        lanes = [lane for pair in self._lanes for lane in pair]
-        return {
-            "link.stage": np.array([-1 if not here else _LATENCY if one is None else _MOVING for here, one in rows]),
-            "link.needs_s": np.array([np.nan if one is None else one.needs_s for _, one in rows]),
-            "link.ends": np.array([np.nan if one is None else one.ends for _, one in rows]),
-            "link.bits_per_s": np.array([0 if one is None else one.bits_per_s for _, one in rows], dtype=np.int64),
-            "lane.clock": np.array([lane.clock for lane in lanes]),
-            "lane.since_s": np.array([lane.since_s for lane in lanes]),
-            "lane.speed": np.array([lane.speed for lane in lanes]),
-            "lane.due_s": np.array([lane.due_s for lane in lanes]),
-        }
+        return _packed(rows, [lane for pair in self._lanes for lane in pair])
 
-    def restore(self, trips: list[Trip], done: dict[int, Done], state: dict[str, np.ndarray]) -> None:
+    def restore(self, trips: list[Trip], done: Mapping[int, Done], state: dict[str, np.ndarray]) -> None:
         """Rebuild the lanes and their events."""
         for trip in trips:
             row = trip.place
@@ -284,3 +268,25 @@ class SharedLinks:
             lane.speed, lane.due_s = float(state["lane.speed"][place]), float(state["lane.due_s"][place])
             if lane.count:
                 self._wake_at(lane, lane.due_s)
+
+
+def _bits_per_s(trip: Trip, needs_s: float, *, up: bool) -> int:
+    """Of a transfer alone."""
+    work = trip.batch.flights.work
+    payload = float((work.upload_bytes if up else work.download_bytes)[trip.place])
+    share = trip.drop_share if trip.drop_phase == trip.phase else 1.0
+    return round(BITS_PER_BYTE * share * payload / needs_s) if needs_s > 0.0 else 0
+
+
+def _packed(rows: list[tuple[bool, _Transfer | None]], lanes: list[_Lane]) -> dict[str, np.ndarray]:
+    """Whether each trip moves bytes, and its transfer once its latency is over; and all lanes."""
+    return {
+        "link.stage": np.array([-1 if not here else _LATENCY if one is None else _MOVING for here, one in rows]),
+        "link.needs_s": np.array([np.nan if one is None else one.needs_s for _, one in rows]),
+        "link.ends": np.array([np.nan if one is None else one.ends for _, one in rows]),
+        "link.bits_per_s": np.array([0 if one is None else one.bits_per_s for _, one in rows], dtype=np.int64),
+        "lane.clock": np.array([lane.clock for lane in lanes]),
+        "lane.since_s": np.array([lane.since_s for lane in lanes]),
+        "lane.speed": np.array([lane.speed for lane in lanes]),
+        "lane.due_s": np.array([lane.due_s for lane in lanes]),
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -31,7 +31,7 @@ class Transport(Protocol):
     def state(self, trips: list[Trip]) -> dict[str, np.ndarray]:
         """What must be known of transfers under way beside each trip's own columns, as arrays."""
 
-    def restore(self, trips: list[Trip], done: dict[int, Done], state: dict[str, np.ndarray]) -> None:
+    def restore(self, trips: list[Trip], done: Mapping[int, Done], state: dict[str, np.ndarray]) -> None:
         """Go on with the transfers of `trips` (those that download or upload).
 
         Args:
@@ -65,7 +65,7 @@ class PrivateLinks:
         """Nothing: when each transfer ends is the trip's own."""
         return {}
 
-    def restore(self, trips: list[Trip], done: dict[int, Done], state: dict[str, np.ndarray]) -> None:
+    def restore(self, trips: list[Trip], done: Mapping[int, Done], state: dict[str, np.ndarray]) -> None:
         """Each transfer ends when it would have."""
         for trip in trips:
             event = Event(self._clock)
