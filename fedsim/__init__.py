@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from fedsim.methods.base import Method
     from fedsim.methods.catalogue import register_method
     from fedsim.records.reader import Run, load
+    from fedsim.runner.clock import Clock
     from fedsim.runner.run import run
     from fedsim.study.export_run import export_run
     from fedsim.sweeps.sweep import Sweep, load_sweep, sweep
 
 __all__ = [
+    "Clock",
     "Family",
     "Method",
     "Run",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Clock": "fedsim.runner.clock",
     "run": "fedsim.runner.run",
     "load": "fedsim.records.reader",
     "Run": "fedsim.records.reader",
