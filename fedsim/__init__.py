@@ -2,7 +2,8 @@
 
 ``fedsim.run(config, **overrides)``, ``fedsim.load(directory)``, ``fedsim.sweep(config, grid=..., seeds=...)``,
 ``fedsim.load_sweep(directory)`` are the Python interface; ``fedsim.register_method``, ``register_policy``,
-``register_selection``, ``register_rule``, ``register_criterion`` and ``register_objective`` take parts of your own.
+``register_selection``, ``register_protocol``, ``register_rule``, ``register_criterion`` and ``register_objective`` take
+parts of your own.
 Importing the package loads none of the heavy libraries; the first call does.
 """
 
@@ -40,6 +41,7 @@ __all__ = [
     "register_method",
     "register_objective",
     "register_policy",
+    "register_protocol",
     "register_rule",
     "register_selection",
     "run",
@@ -61,6 +63,7 @@ _HOMES = {
     "Method": "fedsim.methods.base",
     "register_method": "fedsim.methods.catalogue",
     "register_policy": "fedsim.control.policies",
+    "register_protocol": "fedsim.sim.protocol_names",
     "register_selection": "fedsim.control.client_selection",
     "register_rule": "fedsim.learn.entries",
     "register_criterion": "fedsim.learn.entries",

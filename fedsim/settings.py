@@ -89,10 +89,31 @@ class FleetSettings(Section):
     mode_period: NonNegative | None = None
 
 
+class StalenessSettings(Section):
+    """What an update counts that started from an older version: its weight after t merges in between.
+
+    ``constant``: 1; ``polynomial``: (1 + t)^-exponent; ``hinge``: 1 up to t = ``grace``, then
+    1 / (1 + slope (t - grace)). Rules and default numbers are FedAsync's (arXiv 1903.03934); FedBuff (arXiv 2106.06639)
+    uses the same polynomial.
+    """
+
+    rule: Literal["constant", "polynomial", "hinge"] = "polynomial"
+    exponent: NonNegativeFloat = 0.5
+    slope: NonNegativeFloat = 10.0
+    grace: NonNegative = 4
+
+
 class ServerSettings(Section):
     """The server's protocol. ``rounds`` counts merges. ``clock`` is what plays it: SimPy's ``processes``, or ``arrays``
     where clients cannot meet, with the same numbers to the bit (``auto`` takes them for large fleets that train
-    nothing). ``over_selection`` dispatches that share more clients than a round waits for.
+    nothing). ``over_selection`` dispatches that share more clients than the server waits for.
+
+    ``mode``: ``sync`` merges all updates of a round of ``clients_per_round``; ``semi_async`` merges when ``buffer``
+    updates are there (null: 10, or ``concurrency`` where that is less), ``async`` at every arrival; a protocol of your
+    own goes by its name. Servers that do not wait keep ``concurrency`` clients at work (null: ``clients_per_round``).
+    ``mix`` is the share of the updates' mean difference that is added to the global state (null: 0.6 under ``async``,
+    else 1), after each difference was weighted by its ``staleness``; updates more than ``max_staleness`` merges old are
+    thrown away. ``deadline_s`` is that of a round, and under the other modes that of each flight.
 
     ``selection`` is the rule by which they are chosen, where not ``all`` take part: a built-in one or your own.
 
@@ -100,12 +121,17 @@ class ServerSettings(Section):
     host's time allows, and at the end. It decides what lies on disk, never a result.
     """
 
-    mode: Literal["sync"] = "sync"
+    mode: str = "sync"
     clock: Literal["auto", "processes", "arrays"] = "auto"
     selection: str = "uniform"
     rounds: Positive = 100
     clients_per_round: Positive | Literal["all"] = "all"
     over_selection: NonNegativeFloat = 0.0
+    concurrency: Positive | None = None
+    buffer: Positive | None = None
+    mix: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    staleness: StalenessSettings = StalenessSettings()
+    max_staleness: NonNegative | None = None
     deadline_s: PositiveFloat | None = None
     target_accuracy: Fraction | None = None
     time_budget_s: PositiveFloat | None = None

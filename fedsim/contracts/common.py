@@ -24,6 +24,7 @@ class Outcome(IntEnum):
     DROPPED = 2
     OUT_OF_MEMORY = 3
     NON_FINITE = 4
+    STALE = 5
 
     @property
     def label(self) -> str:

@@ -127,6 +127,30 @@ class Evaluation:
     accuracy_consensus: float
 
 
+@dataclass(frozen=True)
+class Cohorts:
+    """How full the cohorts were in which jobs were trained.
+
+    Attributes:
+        count: cohorts trained.
+        jobs: jobs trained in them.
+        in_vain: jobs of these that were discarded afterwards: what became of their flight was not known yet.
+    """
+
+    count: int = 0
+    jobs: int = 0
+    in_vain: int = 0
+
+    def after(self, jobs: int) -> Cohorts:
+        """With one more cohort."""
+        return Cohorts(self.count + 1, self.jobs + jobs, self.in_vain)
+
+    def facts(self) -> dict[str, float]:
+        """For the manifest."""
+        mean = self.jobs / self.count if self.count else 0.0
+        return {"count": self.count, "jobs": self.jobs, "jobs_per_cohort": mean, "trained_in_vain": self.in_vain}
+
+
 class Learner(Protocol):
     """The learning side, as a strategy sees it. State (global adapter, each client's structure) stays inside.
 
@@ -172,6 +196,9 @@ class Learner(Protocol):
 
     def export(self, folder: Path) -> None:
         """Write the global adapter as a PEFT folder; nothing where there is none."""
+
+    def cohorts(self) -> Cohorts | None:
+        """How full the cohorts were so far, earlier processes of the run included; None where nothing is trained."""
 
     def state(self) -> State:
         """Arrays for the checkpoint, jobs in flight among them: their tickets stay good after `restore`."""

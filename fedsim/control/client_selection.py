@@ -1,4 +1,5 @@
-"""The server's choice of clients: which of those at hand take part. A catalogue, with chance as the built-in rule.
+"""The server's choice of clients: which of those at hand take part. A catalogue: chance, and rules that go by what is
+known of clients (`fedsim.control.selection_rules`).
 
 A rule is a function ``choose(candidates, count, context)`` that returns `count` of the candidates. It must depend on
 its arguments alone: a resumed run calls it again with the same ones.
@@ -11,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedsim.contracts.common import IntArray
+from fedsim.contracts.common import FloatArray, IntArray
+from fedsim.control.client_history import ClientHistory
+from fedsim.control.selection_rules import available_fastest, chances, oort, power_of_choice
 from fedsim.errors import ConfigError
 from fedsim.registry import Catalogue, checked_function
 from fedsim.rng import Stream, uniforms
@@ -23,11 +26,15 @@ class SelectionContext:
 
     Attributes:
         seed: the run's root seed.
-        round_index: the round that opens, 0-based.
+        round_index: merges so far.
+        sent: clients sent off since the last merge: not 0 where a server chooses more than once between two merges.
+        history: what is known of clients; None where the rule's entry does not want it.
     """
 
     seed: int
     round_index: int
+    sent: int = 0
+    history: ClientHistory | None = None
 
 
 Choose = Callable[[IntArray, int, SelectionContext], IntArray]
@@ -36,10 +43,19 @@ Choose = Callable[[IntArray, int, SelectionContext], IntArray]
 
 @dataclass(frozen=True)
 class SelectionEntry:
-    """A rule by the name that ``server.selection`` takes."""
+    """A rule by the name that ``server.selection`` takes.
+
+    Attributes:
+        by_chance: whether all candidates are alike to it, so that a server need not list those at hand.
+        needs_history: whether it goes by what is known of clients.
+        reads_losses: whether it says nothing without their losses.
+    """
 
     name: str
     choose: Choose
+    by_chance: bool = False
+    needs_history: bool = False
+    reads_losses: bool = False
 
 
 def uniform(candidates: IntArray, count: int, context: SelectionContext) -> IntArray:
@@ -55,20 +71,51 @@ def uniform(candidates: IntArray, count: int, context: SelectionContext) -> IntA
     return candidates[np.sort(np.concatenate([below, level]))]
 
 
-SELECTIONS: Catalogue[SelectionEntry] = Catalogue("server.selection", (SelectionEntry("uniform", uniform),))
+def _known(context: SelectionContext) -> ClientHistory:
+    if context.history is None:
+        raise ConfigError("server.selection: this rule goes by what is known of clients, which is not kept here")
+    return context.history
+
+
+def _draws(candidates: IntArray, context: SelectionContext) -> FloatArray:
+    return chances(context.seed, candidates, context.round_index, context.sent)
+
+
+def _oort(candidates: IntArray, count: int, context: SelectionContext) -> IntArray:
+    return oort(candidates, count, _known(context), _draws(candidates, context), context.round_index)
+
+
+def _power_of_choice(candidates: IntArray, count: int, context: SelectionContext) -> IntArray:
+    return power_of_choice(candidates, count, _known(context), _draws(candidates, context))
+
+
+def _available_fastest(candidates: IntArray, count: int, context: SelectionContext) -> IntArray:
+    return available_fastest(candidates, count, _known(context), _draws(candidates, context))
+
+
+SELECTIONS: Catalogue[SelectionEntry] = Catalogue(
+    "server.selection",
+    (
+        SelectionEntry("uniform", uniform, by_chance=True),
+        SelectionEntry("oort", _oort, needs_history=True),
+        SelectionEntry("power_of_choice", _power_of_choice, needs_history=True, reads_losses=True),
+        SelectionEntry("available_fastest", _available_fastest, needs_history=True),
+    ),
+)
 """Rules by the name that ``server.selection`` takes."""
 
 
-def register_selection(name: str, choose: Choose) -> None:
+def register_selection(name: str, choose: Choose, *, needs_history: bool = False) -> None:
     """Make a selection rule of your own usable as ``server.selection``, without editing the package.
 
     Args:
         choose: see `Choose`.
+        needs_history: whether it goes by ``context.history``, which is then kept, and in checkpoints too.
     Raises:
         ConfigError: the name is taken, or `choose` is no function.
     """
     checked_function(f"register_selection: '{name}'", choose)
-    SELECTIONS.add(SelectionEntry(name, choose))
+    SELECTIONS.add(SelectionEntry(name, choose, needs_history=needs_history))
 
 
 def choose_clients(rule: str, candidates: IntArray, count: int, context: SelectionContext) -> IntArray:

@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
 from fedsim.contracts.control import Policy, Work
 from fedsim.contracts.flights import Arrivals, Flights, Learned
-from fedsim.contracts.learning import Learner, LocalRequests, LocalResults
+from fedsim.contracts.learning import Cohorts, Learner, LocalRequests, LocalResults
 from fedsim.control.reward import RewardModel
 from fedsim.federation.broadcast import Broadcast, broadcast_of
 from fedsim.federation.dispatch import context_of, taken_arms
 from fedsim.federation.parts import Parts
 from fedsim.federation.pricing import FlightAsk
 from fedsim.federation.settlement import feedback_of, rewards_of, settled
+from fedsim.federation.staleness import merge_weights
 from fedsim.federation.standing import FinalSparsity, Standing
 from fedsim.federation.yardstick import cut_to_target, evaluation_of, is_last
 from fedsim.methods.rates import learning_rate
@@ -94,7 +95,7 @@ class Federation:
         parts, standing, flights = self._parts, self._standing, arrivals.flights
         settlement = settled(arrivals, self._results_of(flights.ticket, arrivals.outcome == Outcome.OK))
         good, trained = settlement.good, settlement.trained
-        parts.learner.aggregate(good)
+        parts.learner.aggregate(good, *merge_weights(parts.config.server, arrivals.staleness[trained]))
         standing.achieved[good.clients] = good.ratio
         standing.asked[flights.clients[trained]] = flights.ratio_asked[trained]
         self._follow_ranks(good, flights.rank[trained])
@@ -135,6 +136,10 @@ class Federation:
     def final_sparsity(self) -> FinalSparsity:
         """Achieved pruning ratios over all clients, as they stand."""
         return self._standing.final_sparsity()
+
+    def cohorts(self) -> Cohorts | None:
+        """How full the cohorts were in which jobs were trained; None where nothing is trained."""
+        return self._parts.learner.cohorts()
 
     def export(self, folder: Path) -> None:
         """Write the global adapter as a PEFT folder."""

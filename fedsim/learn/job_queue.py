@@ -7,11 +7,12 @@ starts from. A job that is discarded before is never trained.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 
 from fedsim.contracts.common import IntArray, State
+from fedsim.contracts.learning import Cohorts
 from fedsim.learn.in_flight import InFlight, flights_from, flights_state
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.train.importance import GroupScores
@@ -31,6 +32,7 @@ class JobQueue:
         self._pending: dict[int, Job] = {}  # by ticket, in the order of dispatch
         self._trained: dict[int, tuple[Job, Update]] = {}
         self._last_ticket = 0
+        self.cohorts = Cohorts()
 
     def add(self, jobs: Sequence[Job]) -> IntArray:
         """Let jobs wait; returns their tickets, shape (P,)."""
@@ -50,6 +52,7 @@ class JobQueue:
         if any(ticket not in self._trained for ticket in wanted):
             waiting, jobs = list(self._pending), list(self._pending.values())
             self._pending.clear()
+            self.cohorts = self.cohorts.after(len(jobs))
             updates = [replace(update, start=job.adapter) for job, update in zip(jobs, self._train(jobs), strict=True)]
             self._trained.update(zip(waiting, zip(jobs, updates, strict=True), strict=True))
         return [self._trained[ticket] for ticket in wanted]
@@ -64,6 +67,7 @@ class JobQueue:
         for ticket in tickets.tolist():
             if self._pending.pop(ticket, None) is None:
                 del self._trained[ticket]
+                self.cohorts = replace(self.cohorts, in_vain=self.cohorts.in_vain + 1)
 
     def state(self, present: Adapter, shape: ModelShape) -> State:
         """Arrays of all that is here; none where nothing is.
@@ -71,11 +75,13 @@ class JobQueue:
         Args:
             present: the global adapter, which is in the checkpoint anyway.
         """
+        counts = {"cohorts": np.array(astuple(self.cohorts), dtype=np.int64)}
         waiting = [InFlight(ticket, job, None) for ticket, job in self._pending.items()]
         waiting += [InFlight(ticket, job, update) for ticket, (job, update) in self._trained.items()]
         if not waiting:
-            return {}
-        return {"flights.last_ticket": np.array([self._last_ticket]), **flights_state(waiting, present, shape)}
+            return counts
+        tickets = {"flights.last_ticket": np.array([self._last_ticket])}
+        return {**counts, **tickets, **flights_state(waiting, present, shape)}
 
     def restore(
         self, state: State, present: Adapter, shape: ModelShape, guide: Callable[[int], GroupScores | None]
@@ -87,6 +93,8 @@ class JobQueue:
             guide: a static criterion's scores by client, which are not stored.
         """
         self._pending, self._trained = {}, {}
+        if "cohorts" in state:
+            self.cohorts = Cohorts(*state["cohorts"].tolist())
         if "flights.last_ticket" not in state:
             return
         self._last_ticket = int(state["flights.last_ticket"][0])

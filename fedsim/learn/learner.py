@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.contracts.common import FloatArray, IntArray, State
-from fedsim.contracts.learning import Evaluation, LocalRequest, LocalRequests, LocalResults
+from fedsim.contracts.learning import Cohorts, Evaluation, LocalRequest, LocalRequests, LocalResults
 from fedsim.learn.adapter_arrays import adapter_from, adapter_state
 from fedsim.learn.engine import Engine
 from fedsim.learn.export.peft_folder import write_peft_folder
@@ -164,6 +164,10 @@ class LoraLearner:
         model = self._parts.config.model
         adapter = folded(self._adapter, model.lora_alpha_over_rank)
         write_peft_folder(folder, self._parts.backbone, adapter, model)
+
+    def cohorts(self) -> Cohorts:
+        """How full the cohorts were so far."""
+        return self._queue.cohorts
 
     @property
     def adapter(self) -> Adapter:

@@ -38,6 +38,7 @@ from fedsim.runner.identity import fleet_texts, identity
 from fedsim.runner.names import check_names
 from fedsim.runner.panel import draw_panel
 from fedsim.settings import Config
+from fedsim.sim.protocol import updates_per_merge
 from fedsim.structure import ModelShape, achieved_ratio, kept_counts, largest_ratio
 
 Say = Callable[[str], None]
@@ -172,7 +173,8 @@ def chosen_player(config: Config, participants: int, dynamics: Dynamics | None =
     if asked != "auto":
         return asked
     trains = config.train.engine not in ("none", "surrogate")
-    return "arrays" if not trains and participants >= ARRAYS_FROM_CLIENTS else "processes"
+    whole = config.server.mode == "sync"  # flights that leave together end together
+    return "arrays" if whole and not trains and participants >= ARRAYS_FROM_CLIENTS else "processes"
 
 
 def _outputs(config: Config, corpus: Corpus | None) -> int:
@@ -192,16 +194,14 @@ def _with_test_sample(corpus: Corpus, config: Config) -> Corpus:
 
 
 def participants_per_round(config: Config, clients: int) -> int:
-    """Clients a round waits for. Raises ConfigError where the fleet has fewer."""
+    """Updates that a merge waits for. Raises ConfigError where the fleet has fewer clients than are asked for."""
     asked = config.server.clients_per_round
-    if asked == "all":
-        return clients
-    if asked > clients:
+    if asked != "all" and config.server.concurrency is None and asked > clients:
         raise ConfigError(
             f"server.clients_per_round: value {asked} is not allowed (the fleet '{config.fleet.name}' has {clients} "
             f"clients: 1 to {clients}, or all)"
         )
-    return asked
+    return updates_per_merge(config.server, clients)
 
 
 def _check_shape(config: Config, method: Method, shape: ModelShape) -> None:

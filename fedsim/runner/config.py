@@ -18,12 +18,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from fedsim.control.policies import policy_facts
-from fedsim.errors import ConfigError, nearest, unknown
+from fedsim.errors import ConfigError, nearest
 from fedsim.learn.entries import CRITERIA, RULES
 from fedsim.methods.base import Method
 from fedsim.methods.catalogue import METHODS, method_named
 from fedsim.places import user_path
 from fedsim.resources import resource_folder
+from fedsim.runner.modes import mode_faults
 from fedsim.runner.plain import plain
 from fedsim.settings import Config
 from fedsim.yaml_text import YamlError, read_yaml, shown
@@ -291,13 +292,13 @@ def _faults(config: Config, method: Method) -> Iterator[str]:
             f"model.pooling: value {model.pooling!r} is not allowed with data.task causal_lm (native: every token "
             "predicts the next one, and nothing is pooled)"
         )
-    if config.server.over_selection > 0 and config.server.clients_per_round == "all":
+    everyone = config.server.clients_per_round == "all" and config.server.concurrency is None
+    if config.server.over_selection > 0 and everyone:
         yield (
             f"server.over_selection: value {config.server.over_selection:g} is not allowed with "
             "server.clients_per_round all (nobody is left to select; give a number of clients)"
         )
-    if config.server.mode != "sync":
-        yield unknown("server.mode", config.server.mode, ["sync"])
+    yield from mode_faults(config, method)
 
 
 def config_hash(config: Config) -> str:

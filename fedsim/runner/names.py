@@ -12,9 +12,10 @@ from fedsim.learn.entries import CRITERIA, RULES
 from fedsim.methods.catalogue import METHODS
 from fedsim.registry import Catalogue
 from fedsim.settings import Config
+from fedsim.sim.protocol_names import PROTOCOLS
 
 CATALOGUES: Mapping[str, Catalogue[Any]] = {
-    catalogue.key: catalogue for catalogue in (METHODS, POLICIES, RULES, CRITERIA, SELECTIONS)
+    catalogue.key: catalogue for catalogue in (METHODS, POLICIES, RULES, CRITERIA, SELECTIONS, PROTOCOLS)
 }
 """By configuration key."""
 
@@ -27,6 +28,7 @@ def names_of(config: Config) -> dict[str, str]:
         RULES.key: config.aggregate.rule,
         CRITERIA.key: config.prune.criterion,
         SELECTIONS.key: config.server.selection,
+        PROTOCOLS.key: config.server.mode,
     }
 
 

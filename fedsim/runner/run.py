@@ -244,7 +244,7 @@ def _simulate(
         # In this order: killed in between, the parts are still there and a resumed run joins them again.
         writer.join()
         federation.export(directory.path / "adapter")
-        sparsity = federation.final_sparsity()
+        sparsity, cohorts = federation.final_sparsity(), federation.cohorts()
         directory.write_manifest(
             {
                 **directory.manifest,
@@ -253,6 +253,7 @@ def _simulate(
                 "trace_hash": end.trace_hash,
                 "simulated_s": end.now_s,
                 **spent(),
+                **({} if cohorts is None else {"cohorts": cohorts.facts()}),
                 "final_prune_ratio": {"mean": sparsity.mean, "low": sparsity.low, "high": sparsity.high},
                 "final_whole_model_sparsity": sparsity.mean * experiment.prunable_fraction,
             }

@@ -68,6 +68,21 @@ class ArrayPlayer:
         self.stopped = int(np.count_nonzero(ended & ~fits))
         return True
 
+    @property
+    def first_left_s(self) -> float | None:
+        """When all of them left."""
+        return self._start_s if self.flying else None
+
+    def at_work_for(self, seconds: float) -> IntArray:
+        """All that are at work, once they have been for so long."""
+        if self._trips is None or self._start_s + seconds > self._now_s:
+            return np.empty(0, dtype=np.int64)
+        late: IntArray = self._trips.flights.clients[self._ends_s[2] > self._now_s]
+        return late
+
+    def set_aside(self, version: int) -> None:
+        """None is old: what leaves together is merged together."""
+
     def land(self, merged: int, given_up: IntArray | None) -> Landed:
         """End all flights: those that are not at their end are given up."""
         trips = self._trips

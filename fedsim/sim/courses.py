@@ -29,7 +29,7 @@ from fedsim.sim.transport import PrivateLinks, Transport, VaryingLinks
 class Courses:
     """The part of `fedsim.sim.processes.ProcessPlayer` that the event queue calls."""
 
-    def __init__(self, clients: int, now_s: float, *, held: bool, fleet: Fleet | None = None) -> None:
+    def __init__(self, clients: int, now_s: float, fleet: Fleet | None = None) -> None:
         self.flying = self.waiting = 0
         self.timer_over = False
         self.idle: NDArray[np.bool_] = np.ones(clients, dtype=bool)
@@ -42,7 +42,6 @@ class Courses:
             self._transport = transport_of(self._clock, dynamics)
             if dynamics.heat is not None or dynamics.mode_period_s is not None:
                 self._computing = Computing(fleet)
-        self._held = held
         self._at_work: dict[int, Trip] = {}
         self._arrived: list[Trip] = []
         self._stopped: list[Trip] = []
@@ -162,8 +161,6 @@ class Courses:
         """A client's own work is over: wake the server if it waited for that."""
         del self._at_work[trip.client]
         self.flying -= 1
-        if not self._held:
-            self.idle[trip.client] = True
         if (self._left <= 0 or not self.flying) and not self._wake_due:
             self._wake_due = True
             wake = Event(self._clock)

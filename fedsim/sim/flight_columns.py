@@ -28,27 +28,35 @@ def by_arrival(trip: Trip) -> tuple[float, int, int]:
     return trip.upload_end_s, trip.client, trip.place
 
 
+def by_start(trip: Trip) -> tuple[float, int]:
+    """Key of the order of dispatch."""
+    return trip.start_s, trip.client
+
+
 def by_client(trip: Trip) -> tuple[int, float]:
     """Key of the order by client, then flight."""
     return trip.client, trip.start_s
 
 
 def columns_of(trips: list[Trip]) -> Trips:
-    """The columns of some flights, in their order."""
-    batches = {id(trip.batch): trip.batch for trip in trips}
+    """The columns of some flights, in their order. It costs no more than they are, however large their batches."""
+    batches: dict[int, tuple[Trips, list[int], list[int]]] = {}
+    for order, trip in enumerate(trips):
+        _, places, orders = batches.setdefault(id(trip.batch), (trip.batch, [], []))
+        places.append(trip.place)
+        orders.append(order)
     if not batches:
         raise RuntimeError("a merge without a flight")
-    places = np.array([trip.place for trip in trips], dtype=np.int64)
-    if len(batches) == 1:
-        (batch,) = batches.values()
-        whole = len(places) == len(batch) and bool((places == np.arange(len(batch))).all())
-        return batch if whole else batch.take(places)
-    offsets, offset = {}, 0
-    for key, batch in batches.items():
-        offsets[key] = offset
-        offset += len(batch)
-    starts = np.array([offsets[id(trip.batch)] for trip in trips], dtype=np.int64)
-    return Trips.joined(list(batches.values())).take(starts + places)
+    parts = [_some(batch, places) for batch, places, _ in batches.values()]
+    if len(parts) == 1:
+        return parts[0]
+    ordered = np.concatenate([of_batch for _, _, of_batch in batches.values()])
+    return Trips.joined(parts).take(np.argsort(ordered))
+
+
+def _some(batch: Trips, places: list[int]) -> Trips:
+    whole = len(places) == len(batch) and places == list(range(len(batch)))
+    return batch if whole else batch.take(np.array(places, dtype=np.int64))
 
 
 def stamps_of(trips: list[Trip], now_s: float, *, moving: bool) -> Stamps:

@@ -17,7 +17,7 @@ from simpy.events import Event
 from fedsim.contracts.common import IntArray
 from fedsim.sim.courses import Courses
 from fedsim.sim.flight_clock import ARRIVED, BEHIND_ALL, COMPUTING, DOWNLOADING, UPLOADING, Trip
-from fedsim.sim.flight_columns import by_arrival, by_client, columns_of, packed, rows_of, stamps_of, unpacked
+from fedsim.sim.flight_columns import by_arrival, by_client, by_start, columns_of, packed, rows_of, stamps_of, unpacked
 from fedsim.sim.trips import Landed, Moves, Trips
 
 
@@ -27,7 +27,6 @@ class ProcessPlayer(Courses):
     Args:
         clients: of the fleet.
         now_s: the simulated clock at the start.
-        held: whether a client stays with the server until its update is merged.
         fleet: whose clients may meet, drop or change; None: they do not.
     """
 
@@ -73,6 +72,28 @@ class ProcessPlayer(Courses):
             step()
         return True
 
+    @property
+    def first_left_s(self) -> float | None:
+        """When the flight at work left that left first."""
+        return next((trip.start_s for trip in self._at_work.values()), None)
+
+    def at_work_for(self, seconds: float) -> IntArray:
+        """Clients whose flights have been at work for so long, ascending."""
+        late, now_s = [], self._clock.now
+        for client, trip in self._at_work.items():
+            if trip.start_s + seconds > now_s:
+                break  # they are in the order of dispatch
+            late.append(client)
+        return np.array(sorted(late), dtype=np.int64)
+
+    def set_aside(self, version: int) -> None:
+        """Updates that wait and started from a version before `version` will end with the next merge, unmerged."""
+        old = [trip for trip in self._arrived if trip.batch.flights.version[trip.place] < version]
+        if old:
+            self._stopped += old
+            self._arrived = [trip for trip in self._arrived if trip.batch.flights.version[trip.place] >= version]
+            self.waiting = len(self._arrived)
+
     def land(self, merged: int, given_up: IntArray | None) -> Landed:
         """End flights; what is given up is cut now."""
         self._arrived.sort(key=by_arrival)
@@ -90,8 +111,7 @@ class ProcessPlayer(Courses):
         self._block += 1
         self._timer_s, self.timer_over = math.nan, False
         trips, stamps = columns_of(landed), stamps_of(landed, self._clock.now, moving=self._moving)
-        if self._held or late:
-            self.idle[trips.flights.clients] = True
+        self.idle[trips.flights.clients] = True
         if len(touched) == len(landed) and all(trip.gone or trip.phase >= ARRIVED for trip in touched):
             moves_of, moving, moved = landed, trips, stamps
         else:
@@ -128,16 +148,16 @@ class ProcessPlayer(Courses):
             return
         done = {DOWNLOADING: self._downloaded, UPLOADING: self._uploaded}
         moving: list[Trip] = []
-        for trip in unpacked(state):
+        trips = unpacked(state)
+        at_work = sorted((trip for trip in trips if trip.phase < ARRIVED), key=by_start)
+        self._at_work = {trip.client: trip for trip in at_work}  # in the order of dispatch
+        for trip in trips:
+            self.idle[trip.client] = False
             if trip.phase == ARRIVED:
                 self._arrived.append(trip)
                 self.waiting += 1
-                if self._held:
-                    self.idle[trip.client] = False
                 continue
-            self._at_work[trip.client] = trip
             self.flying += 1
-            self.idle[trip.client] = False
             if self._moving:
                 self._prepare(trip)
             if trip.phase != COMPUTING:

@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from fedsim.contracts.common import IntArray
 from fedsim.contracts.flights import Arrivals, Learned
-from fedsim.control.client_selection import SelectionContext, choose_clients
+from fedsim.control.client_history import ClientHistory
+from fedsim.control.client_selection import SELECTIONS, SelectionContext, choose_clients
 from fedsim.errors import ConfigError
+from fedsim.rng import Stream, uniforms
 from fedsim.settings import ServerSettings
 from fedsim.sim.trace import START_HASH, TraceBlock
 
@@ -51,7 +53,8 @@ class ServerView(Protocol):
 
     @property
     def stopped(self) -> int:
-        """Flights that ended without an update since the last merge: their job did not fit in memory."""
+        """Flights that ended without an update to merge: their job did not fit in memory, or they are too old. The next
+        merge tells of them."""
 
     @property
     def timer_over(self) -> bool:
@@ -61,12 +64,28 @@ class ServerView(Protocol):
     def idle(self) -> NDArray[np.bool_]:
         """Mask (clients,) of those that may be sent off."""
 
+    @property
+    def sent(self) -> int:
+        """Clients sent off since the last merge."""
+
+    @property
+    def history(self) -> ClientHistory | None:
+        """What is known of clients; None where the rule of ``server.selection`` has no use for it."""
+
+    @property
+    def first_left_s(self) -> float | None:
+        """When the flight at work left that left first; None where nobody is at work."""
+
+    def at_work_for(self, seconds: float | None) -> IntArray:
+        """Clients whose flights have been at work for so long, ascending; none for None."""
+
 
 class ServerProtocol(Protocol):
     """When clients are sent off, and when their updates are merged.
 
     Attributes:
-        held: whether a client stays with the server, idle, until its update is merged.
+        held: whether a client waits at the server's side, its time and energy counted, until its update is merged. It
+            is sent off again after that in any case.
     """
 
     held: bool
@@ -123,6 +142,7 @@ def sample_clients(
     seed: int,
     round_index: int,
     there: NDArray[np.bool_] | None = None,
+    history: ClientHistory | None = None,
 ) -> tuple[IntArray, int]:
     """A round's participants, by the rule of ``server.selection``.
 
@@ -146,5 +166,89 @@ def sample_clients(
         )
     # The small allowance keeps 10 * 1.1 from becoming 12 through rounding.
     dispatched = min(len(everyone), math.ceil(quota * (1.0 + settings.over_selection) - 1e-9))
-    context = SelectionContext(seed, round_index)
+    context = SelectionContext(seed, round_index, history=history)
     return choose_clients(settings.selection, everyone, dispatched, context), min(quota, dispatched)
+
+
+def flights_at_once(settings: ServerSettings, clients: int) -> int:
+    """Clients that a server that does not wait keeps at work, over-selection included.
+
+    Raises:
+        ConfigError: more than the fleet has.
+    """
+    asked = settings.clients_per_round if settings.concurrency is None else settings.concurrency
+    if asked == "all":
+        return clients
+    if asked > clients:
+        key = "clients_per_round" if settings.concurrency is None else "concurrency"
+        raise ConfigError(
+            f"server.{key}: value {asked} is not allowed (the fleet has {clients} clients: 1 to {clients})"
+        )
+    return min(clients, math.ceil(asked * (1.0 + settings.over_selection) - 1e-9))
+
+
+BUFFER = 10
+"""Updates that a merge of ``semi_async`` takes where ``server.buffer`` is null: K of FedBuff's experiments."""
+
+
+def buffer_size(settings: ServerSettings, clients: int) -> int:
+    """Updates that make a merge of ``semi_async``.
+
+    Raises:
+        ConfigError: more than are ever at work.
+    """
+    most = flights_at_once(settings, clients)
+    if settings.buffer is None:
+        return min(BUFFER, most)
+    if settings.buffer > most:
+        raise ConfigError(
+            f"server.buffer: value {settings.buffer} is not allowed (at most the {most} clients at work at a time: "
+            "server.concurrency, or server.clients_per_round where that is null)"
+        )
+    return settings.buffer
+
+
+def updates_per_merge(settings: ServerSettings, clients: int) -> int:
+    """Updates that a merge waits for; under a protocol of the user's own, ``server.clients_per_round``.
+
+    Raises:
+        ConfigError: more clients than the fleet has, or a buffer that is never full.
+    """
+    if settings.mode == "semi_async":
+        return buffer_size(settings, clients)
+    if settings.mode == "async":
+        return min(1, flights_at_once(settings, clients))
+    asked = settings.clients_per_round
+    return clients if asked == "all" else asked
+
+
+def idle_clients(view: ServerView, count: int, seed: int, rule: str) -> IntArray:
+    """So many idle clients by the rule of ``server.selection``, ascending; fewer where fewer are idle.
+
+    By chance: numbers are drawn until enough idle ones were met, which does not cost more in a larger fleet; where most
+    are at work the few others are looked for instead.
+    """
+    if count <= 0:
+        return np.empty(0, dtype=np.int64)
+    is_idle = view.idle
+    clients = len(is_idle)
+    if not SELECTIONS.named(rule).by_chance:
+        at_hand = np.flatnonzero(is_idle)
+        if len(at_hand) <= count:
+            return at_hand
+        return choose_clients(rule, at_hand, count, SelectionContext(seed, view.version, view.sent, view.history))
+    tries = np.arange(min(_TRIES * count, clients))
+    drawn = (uniforms(seed, Stream.IDLE_CHOICE, tries, view.version, view.sent) * clients).astype(np.int64)
+    drawn = drawn[is_idle[drawn]]
+    first = np.sort(np.unique(drawn, return_index=True)[1])[:count]
+    if len(first) == count:
+        return np.sort(drawn[first])
+    idle = np.flatnonzero(is_idle)
+    if len(idle) <= count:
+        return idle
+    draws = uniforms(seed, Stream.IDLE_CHOICE, idle, view.version, view.sent)
+    return np.sort(idle[np.argsort(draws, kind="stable")[:count]])
+
+
+_TRIES = 8
+"""Numbers drawn for each client wanted, before all are looked through."""

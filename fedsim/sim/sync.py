@@ -41,7 +41,7 @@ class Sync:
         self._sent_s = view.now_s
         idle = view.idle
         there = None if idle.all() else idle
-        return sample_clients(self._clients, self._settings, self._seed, view.version, there)[0]
+        return sample_clients(self._clients, self._settings, self._seed, view.version, there, view.history)[0]
 
     def patience(self, view: ServerView) -> int:
         """All that the round still waits for."""

@@ -113,7 +113,7 @@ class Player(Protocol):
         flying: flights at work.
         waiting: updates that have arrived and wait to be merged.
         timer_over: whether the last `advance` came to the time that it was given.
-        idle: mask (clients,) of those that may be sent off.
+        idle: mask (clients,) of those that may be sent off: neither at work, nor is a flight of theirs to be merged.
     """
 
     flying: int
@@ -140,6 +140,16 @@ class Player(Protocol):
         Returns:
             False where nothing can happen any more.
         """
+
+    @property
+    def first_left_s(self) -> float | None:
+        """When the flight at work left that left first; None where nobody is at work."""
+
+    def at_work_for(self, seconds: float) -> IntArray:
+        """Clients whose flights have been at work for so long, ascending."""
+
+    def set_aside(self, version: int) -> None:
+        """Updates that wait and started from a version before `version` will end with the next merge, unmerged."""
 
     def land(self, merged: int, given_up: IntArray | None) -> Landed:
         """End flights: the `merged` updates that arrived first, what did not fit, and what is given up.
@@ -194,7 +204,14 @@ def trips_of(fleet: Fleet, flights: Flights, version: int) -> Trips:
 
 
 def arrivals_of(
-    fleet: Fleet, landed: Landed, merge_index: int, start_s: float, end_s: float, *, held: bool
+    fleet: Fleet,
+    landed: Landed,
+    merge_index: int,
+    start_s: float,
+    end_s: float,
+    *,
+    held: bool,
+    max_staleness: int | None = None,
 ) -> Arrivals:
     """What the strategy and the records are told of a merge.
 
@@ -204,6 +221,7 @@ def arrivals_of(
 
     Args:
         held: whether clients are released at the merge only.
+        max_staleness: updates that are older are not merged.
     """
     trips, stamps = landed.trips, landed.stamps
     flights, fits, done = trips.flights, trips.fits_memory, stamps.phases_done
@@ -212,6 +230,8 @@ def arrivals_of(
     outcome = np.where(late, Outcome.LATE, np.where(fits, Outcome.OK, Outcome.OUT_OF_MEMORY)).astype(np.int64)
     if stamps.lost is not None:
         outcome[stamps.lost] = Outcome.DROPPED
+    if max_staleness is not None:
+        outcome[(outcome == Outcome.OK) & (merge_index - flights.version > max_staleness)] = Outcome.STALE
     download_s = stamps.download_end_s - stamps.download_start_s
     compute_s = stamps.compute_end_s - stamps.download_end_s
     upload_s = stamps.upload_end_s - stamps.compute_end_s

@@ -38,6 +38,7 @@ import pandas as pd
 from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
 from fedsim.contracts.control import Arms, Ask, ExpectedTime, Feedback, RoundContext, Work
 from fedsim.contracts.flights import Flights
+from fedsim.control.client_selection import SELECTIONS
 from fedsim.control.solver import level
 from fedsim.errors import RunError
 from fedsim.federation.federation import Federation
@@ -121,6 +122,15 @@ def regret(run: Run) -> Regret:
     if rows.empty:
         raise RunError(f"run '{run.path}' has no rounds yet: there is no regret to tell")
     config = build_config(run.config)
+    if config.server.mode != "sync":
+        raise RunError(
+            f"run '{run.path}' has server.mode {config.server.mode}: regret is told of whole rounds (server.mode sync)"
+        )
+    if SELECTIONS.named(config.server.selection).needs_history:
+        raise RunError(
+            f"run '{run.path}' has server.selection {config.server.selection}, which goes by how clients did: another "
+            "policy would have met other clients, and there is no regret to tell"
+        )
     fleet, played, oracle = _rebuilt(run, config, rows)
     round_rows: list[dict[str, float]] = []
     tables: list[pd.DataFrame] = []

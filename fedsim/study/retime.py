@@ -22,6 +22,7 @@ import yaml
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome
 from fedsim.contracts.control import Work
+from fedsim.control.client_selection import SELECTIONS
 from fedsim.cost.ask import ShapeAsk
 from fedsim.cost.device import DeviceProfile
 from fedsim.cost.shapes import load_shape
@@ -90,6 +91,8 @@ def why_not(config: Config) -> str | None:
     for key in ("deadline_s", "time_budget_s"):
         if getattr(server, key) is not None:
             return f"server.{key} is {getattr(server, key):g}: who takes part, or how long, hangs on the clock"
+    if SELECTIONS.named(server.selection).needs_history:
+        return f"server.selection is {server.selection}: who takes part hangs on how long others took"
     if server.over_selection:
         return f"server.over_selection is {server.over_selection:g}: whose updates count hangs on the clock"
     if config.prune.selection == "global":

@@ -224,12 +224,12 @@ def stream(seed, clients, stop_at=None):
     rng = np.random.default_rng(seed)
     dynamics = world(rng, clients)
     fleet = toy(*rng.uniform(0.5, 9.0, (3, clients)), dynamics=dynamics, latency_s=float(rng.choice([0.0, 0.25])))
-    player, strategy, seen = ProcessPlayer(clients, 0.0, held=False, fleet=fleet), ToyStrategy(), []
+    player, strategy, seen = ProcessPlayer(clients, 0.0, fleet=fleet), ToyStrategy(), []
     for merge in range(14):
         if merge == stop_at:
             state = {name: np.array(column) for name, column in player.state().items()}
             fleet.dynamics = world(np.random.default_rng(seed), clients)
-            player = ProcessPlayer(clients, player.now_s, held=False, fleet=fleet)
+            player = ProcessPlayer(clients, player.now_s, fleet=fleet)
             player.restore(state)
         there = player.idle if dynamics.presence is None else player.idle & dynamics.presence.on(player.now_s)
         free = np.flatnonzero(there)

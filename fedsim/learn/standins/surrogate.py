@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
-from fedsim.contracts.learning import Evaluation, LocalRequests, LocalResults
+from fedsim.contracts.learning import Cohorts, Evaluation, LocalRequests, LocalResults
 from fedsim.learn.standins.pending import PendingJobs, PendingRows
 from fedsim.learn.standins.surrogate_model import Local, PanelFit, SurrogateModel, spread
 from fedsim.rng import Stream, normals
@@ -125,6 +125,10 @@ class SurrogateLearner:
             loss=float(np.exp(tests.loss.level - tests.loss.gain(curve, progress, square))),
             accuracy_consensus=accuracy(tests.accuracy_consensus),
         )
+
+    def cohorts(self) -> Cohorts | None:
+        """Nothing is trained."""
+        return None
 
     def export(self, folder: Path) -> None:
         """There is no adapter."""

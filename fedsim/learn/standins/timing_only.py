@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
-from fedsim.contracts.learning import Evaluation, LocalRequests, LocalResults
+from fedsim.contracts.learning import Cohorts, Evaluation, LocalRequests, LocalResults
 from fedsim.learn.standins.pending import PendingJobs, PendingRows
 from fedsim.structure import ModelShape, achieved_ratio, kept_counts
 
@@ -68,6 +68,10 @@ class TimingLearner:
 
     def evaluate(self, panel: IntArray, consensus_ratio: float) -> Evaluation | None:
         """There is nothing to test."""
+        return None
+
+    def cohorts(self) -> Cohorts | None:
+        """Nothing is trained."""
         return None
 
     def export(self, folder: Path) -> None:
