@@ -24,6 +24,7 @@ DEPENDS_ON = (
     "data.path",
     "data.partition",
     "data.alpha",
+    "server.selection",
     "train.local_steps",
     "train.batch_size",
     "train.learning_rate",

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import fedsim
 from fedsim.methods.base import cubic_schedule
-from fedsim.records import folder as rundir
 
 FAULT_ROUND = 2
 
@@ -29,7 +28,7 @@ def fill_the_disk():
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    rundir.os.replace = refuse  # this process ends with the cell
+    os.replace = refuse  # this process ends with the cell
 
 
 def leave():
