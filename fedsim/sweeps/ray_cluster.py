@@ -32,7 +32,8 @@ from fedsim.sweeps.cell_jobs import Done, Job, Setup
 from fedsim.sweeps.local import CellHost
 
 LOCAL = "local"
-_LOOPBACK = "127.0.0.1"
+_ONE_COMPUTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch between this computer's address in the network and its loopback (its default on Windows and macOS)."""
 _KNOCK_S = 3.0
 _PROBE_S = 15.0
 _PATIENCE_S = 15.0
@@ -246,6 +247,9 @@ def _connect(address: str) -> Any:
         RunError: not installed, or nothing usable answers.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == LOCAL:
+        # Ray's servers then listen on loopback alone: they run what they are sent by whoever reaches them.
+        os.environ.setdefault(_ONE_COMPUTER, "0")
     try:
         import ray
     except ImportError as error:
@@ -254,14 +258,7 @@ def _connect(address: str) -> Any:
         )
     try:
         if address == LOCAL:
-            # The address of this computer alone: Ray's servers then listen on loopback, where no other computer asks.
-            ray.init(
-                address=LOCAL,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address=_LOOPBACK,
-            )
+            ray.init(address=LOCAL, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _check_answers(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -160,3 +161,34 @@ def test_without_ray_the_sentence_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(RunError, match=r"not installed: pip install 'fedspine-sim\[ray\]'"):
         start_on("local", tmp_path)
+
+
+LISTENING = """
+import os
+from contextlib import suppress
+from pathlib import Path
+from fedsim.sweeps.ray_cluster import LOCAL, _connect
+
+ray = _connect(LOCAL)
+session = ray._private.worker._global_node.get_session_dir_path().encode()
+inodes = set()
+for process in Path("/proc").glob("[0-9]*"):
+    with suppress(OSError):
+        if session in (process / "cmdline").read_bytes():
+            inodes |= {os.readlink(entry) for entry in (process / "fd").iterdir()}
+for name in ("tcp", "tcp6"):
+    for row in map(str.split, Path(f"/proc/net/{name}").read_text().splitlines()[1:]):
+        if row[3] == "0A" and f"socket:[{row[9]}]" in inodes:
+            print(row[1].partition(":")[0])
+ray.shutdown()
+"""
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""127.0.0.1, the same as an IPv6 address, and ::1, as the kernel writes them."""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="no list of sockets on this system")
+def test_a_cluster_of_ours_listens_on_loopback_alone():
+    done = subprocess.run([sys.executable, "-c", LISTENING], capture_output=True, text=True, check=True, timeout=120)
+    opened = done.stdout.split()
+    assert len(opened) >= 3
+    assert set(opened) <= LOOPBACK
