@@ -58,7 +58,7 @@ class ToyLearner(TimingLearner):
         self.discarded += [self.submitted[ticket].client for ticket in tickets.tolist()]
         super().discard(tickets)
 
-    def aggregate(self, results):
+    def aggregate(self, results, mix=1.0, weights=None):
         self.aggregated.append(results.clients.tolist())
 
     def cut(self, clients, ratios):
