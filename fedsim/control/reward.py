@@ -11,6 +11,9 @@ the learning terms in use:
 A term is out of use for a client where it is not a number; with no term in use L and the bracket are 1. Where no client
 has a loss at all (timing only) the bracket is 1: progress alone would teach the bandit to prune.
 
+Where a merge is no round, the mean time and the largest importance are those of the last updates
+(`fedsim.control.peers`).
+
 ``fedmp`` (FedMP, ICDE 2022): loss reduction / max(|T_i - T_mean|, 0.05 T_mean), over its running 90th percentile;
 timing only counts every reduction as 1.
 """
@@ -24,6 +27,7 @@ from numpy.typing import ArrayLike
 
 from fedsim.contracts.common import FloatArray, State
 from fedsim.contracts.control import Rewards
+from fedsim.control.peers import Peers
 from fedsim.control.quantile import RunningQuantile
 from fedsim.settings import RewardSettings
 
@@ -41,8 +45,9 @@ class RewardModel:
     The window holds eight rounds of the whole fleet, at least 256 values [ours].
     """
 
-    def __init__(self, settings: RewardSettings, clients: int) -> None:
+    def __init__(self, settings: RewardSettings, clients: int, peers: int = 0) -> None:
         self._settings = settings
+        self._peers = Peers(peers)
         self._percentile = RunningQuantile(_QUANTILE, max(_LEAST_WINDOW, _WINDOW_ROUNDS * clients))
 
     def compute(
@@ -77,7 +82,9 @@ class RewardModel:
         if not here.any():
             return Rewards.none(here.size)
         time = np.asarray(time_s, dtype=np.float64)
-        mean_time = float(time[here].mean())
+        weight = np.where(here, np.asarray(lora_importance, dtype=np.float64), np.nan)
+        times, weights = self._peers.with_those_before(time[here], weight[here])
+        mean_time = float(times.mean())
         if not (np.isfinite(mean_time) and mean_time > 0):
             raise ValueError("reward: the times of arrived clients must be finite and positive")
         gap = np.where(here, np.abs(np.where(here, time, mean_time) - mean_time), 0.0)
@@ -89,7 +96,7 @@ class RewardModel:
             return replace(Rewards.none(here.size), reward=np.where(here, value, np.nan))
         relative = np.divide(drop, before, out=np.full(before.shape, np.nan), where=before > _LEAST_LOSS)
         progress = self._progress(ratio_before, ratio, step_max, target, here.shape)
-        terms = self._terms(relative, progress, np.asarray(lora_importance, dtype=np.float64), here)
+        terms = self._terms(relative, progress, weight, weights)
         share, bracket = self._settings.time_share, 1.0 + self._settings.time_penalty * gap / mean_time
         value = (share + (1.0 - share) * self._learning(terms)) / bracket
         return Rewards(*(np.where(here, column, np.nan) for column in (value, *terms, 1.0 / bracket)))
@@ -104,14 +111,14 @@ class RewardModel:
         return np.clip(np.divide(rise, step, out=np.full(shape, np.nan), where=in_use), 0.0, 1.0)
 
     def _terms(
-        self, relative: FloatArray, progress: FloatArray, importance: FloatArray, here: np.ndarray
+        self, relative: FloatArray, progress: FloatArray, importance: FloatArray, of_peers: FloatArray
     ) -> FloatArray:
         """The learning terms, (3, P); none of them is in use where no client has a loss."""
         if np.isnan(relative).all():
-            return np.full((3, *here.shape), np.nan)
-        importance = np.where(here & np.isfinite(importance), importance, np.nan)
-        largest = float(np.fmax.reduce(importance))
-        share = importance / largest if largest > 0 else np.full(here.shape, np.nan)
+            return np.full((3, *relative.shape), np.nan)
+        importance = np.where(np.isfinite(importance), importance, np.nan)
+        largest = float(np.fmax.reduce(np.where(np.isfinite(of_peers), of_peers, np.nan)))
+        share = importance / largest if largest > 0 else np.full(relative.shape, np.nan)
         return np.stack([self._normalised(relative), progress, np.clip(share, 0.0, 1.0)])
 
     def _learning(self, terms: FloatArray) -> FloatArray:
@@ -132,8 +139,9 @@ class RewardModel:
 
     def state(self) -> State:
         """Arrays for the checkpoint."""
-        return self._percentile.state()
+        return {**self._percentile.state(), **self._peers.state()}
 
     def restore(self, state: State) -> None:
         """Take the arrays of a checkpoint. Raises RunError where they do not fit."""
         self._percentile.restore(state)
+        self._peers.restore(state)

@@ -37,8 +37,8 @@ from fedsim.rng import Stream, generator
 from fedsim.runner.identity import fleet_texts, identity
 from fedsim.runner.names import check_names
 from fedsim.runner.panel import draw_panel
-from fedsim.settings import Config
-from fedsim.sim.protocol import updates_per_merge
+from fedsim.settings import Config, ServerSettings
+from fedsim.sim.protocol import flights_at_once, updates_per_merge
 from fedsim.structure import ModelShape, achieved_ratio, kept_counts, largest_ratio
 
 Say = Callable[[str], None]
@@ -144,7 +144,7 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         method=method,
         learner=learner,
         policy=policy,
-        reward=RewardModel(config.reward, fleet.clients),
+        reward=RewardModel(config.reward, fleet.clients, peers_of(config.server, fleet.clients)),
         ask=ask,
         clients=fleet.clients,
         participants=participants,
@@ -153,6 +153,11 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     )
     fraction = shape.prunable_weights / shape.all_weights
     return Experiment(config, fleet, Federation(parts), policy, fraction, facts, tuple(labels_of_learning), player)
+
+
+def peers_of(server: ServerSettings, clients: int) -> int:
+    """How many updates a flight is measured against where a merge is no round; 0 where it is."""
+    return 0 if server.mode == "sync" else flights_at_once(server, clients)
 
 
 def chosen_player(config: Config, participants: int, dynamics: Dynamics | None = None) -> str:

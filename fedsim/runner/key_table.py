@@ -17,14 +17,19 @@ _BEYOND = 1e6
 
 def settings_markdown() -> str:
     """A Markdown table of every key, what it may be, and its default."""
-    lines = ["| key | allowed | default |", "|---|---|---|"]
-    for section, field in Config.model_fields.items():
+    return "\n".join(["| key | allowed | default |", "|---|---|---|", *_lines("", Config)])
+
+
+def _lines(prefix: str, section: type[BaseModel]) -> list[str]:
+    """A line for each key of a section, and of those inside it."""
+    lines = []
+    for key, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
-            lines += [_line(f"{section}.{key}", item) for key, item in inner.model_fields.items()]
+            lines += _lines(f"{prefix}{key}.", inner)
         else:
-            lines.append(_line(section, field))
-    return "\n".join(lines)
+            lines.append(_line(f"{prefix}{key}", field))
+    return lines
 
 
 def _line(key: str, field: FieldInfo) -> str:

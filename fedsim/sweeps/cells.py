@@ -285,7 +285,7 @@ def _check_keys(where: str, keys: Sequence[str]) -> None:
     for name, item in Config.model_fields.items():
         inner = item.annotation
         is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
-        sections[name] = [f"{name}.{key}" for key in inner.model_fields] if is_section else []  # type: ignore[union-attr]
+        sections[name] = _keys_of(name, inner) if is_section else []  # type: ignore[arg-type]
     allowed = [key for name, inside in sections.items() for key in inside or [name]]
     for key in keys:
         if key in allowed:
@@ -293,6 +293,16 @@ def _check_keys(where: str, keys: Sequence[str]) -> None:
         if key in sections:
             raise ConfigError(f"{where}: '{key}' is a section, not a key; give one of {', '.join(sections[key])}")
         raise ConfigError(f"{where}: unknown key '{key}'{_nearest_key(key, allowed)}")
+
+
+def _keys_of(section: str, model: type[BaseModel]) -> list[str]:
+    """Dotted keys of a section, and of those inside it."""
+    keys = []
+    for key, item in model.model_fields.items():
+        inner = item.annotation
+        is_section = isinstance(inner, type) and issubclass(inner, BaseModel)
+        keys += _keys_of(f"{section}.{key}", inner) if is_section else [f"{section}.{key}"]  # type: ignore[arg-type]
+    return keys
 
 
 def _nearest_key(key: str, allowed: Sequence[str]) -> str:
