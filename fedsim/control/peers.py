@@ -2,7 +2,7 @@
 
 A synchronous round is its own measure: a device is slow or quick beside those that took part with it. Under a server
 that does not wait a merge may hold a single update, which would always be as quick as its mean. There the measure is
-the last so many updates, this merge's included, as many as are at work at a time [ours].
+the last so many updates, this merge's included: as many as are at work at a time, 1000 at most [ours].
 """
 
 from __future__ import annotations

@@ -114,12 +114,11 @@ class Fleet:
 
     def mode_changes(self, round_index: int) -> IntArray:
         """The clients whose power mode differs from the round before (in round 0: all), ascending."""
-        everyone = np.arange(self.clients, dtype=np.int64)
         if round_index == 0:
-            return everyone
+            return np.arange(self.clients, dtype=np.int64)
         if self.mode_clock is not None or not self._modes.period or round_index % self._modes.period:
-            return everyone[:0]
-        return everyone[self.modes(round_index) != self.modes(round_index - 1)]
+            return np.empty(0, dtype=np.int64)
+        return np.flatnonzero(self.modes(round_index) != self.modes(round_index - 1))
 
     def mode_names(self, round_index: int, clients: IntArray | None = None) -> NDArray[np.str_]:
         """Name of each client's power mode; of all clients when None."""

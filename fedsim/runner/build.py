@@ -155,9 +155,13 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     return Experiment(config, fleet, Federation(parts), policy, fraction, facts, tuple(labels_of_learning), player)
 
 
+MOST_PEERS = 1000
+"""Updates that a flight is measured against at most, so that a merge does not cost more in a larger fleet. [ours]"""
+
+
 def peers_of(server: ServerSettings, clients: int) -> int:
     """How many updates a flight is measured against where a merge is no round; 0 where it is."""
-    return 0 if server.mode == "sync" else flights_at_once(server, clients)
+    return 0 if server.mode == "sync" else min(MOST_PEERS, flights_at_once(server, clients))
 
 
 def chosen_player(config: Config, participants: int, dynamics: Dynamics | None = None) -> str:
