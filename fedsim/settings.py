@@ -8,9 +8,10 @@ s ``control.exploration``, delta ``control.split``.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_CLIENTS = 10_000_000
 _MOST = 10_000_000
@@ -144,8 +145,6 @@ class TrainSettings(Section):
     ``local_steps`` is the paper's tau. ``recovery_steps`` (null: a quarter of tau) run after pruning, taken from tau.
     ``memory_budget_bytes`` is what clients trained together may take of the device (null: a share of its memory).
     ``surrogate`` is the file of a fitted loss model (``fedsim fit-surrogate``), for ``engine: surrogate`` alone.
-    Rank self-pruning (HETLoRA): with ``rank_decay`` below 1 a client whose last LoRA components shrank in its job gives
-    them up and keeps that share of its rank; ``rank_penalty`` weighs those components' norm in its loss.
     """
 
     local_steps: Positive = 20
@@ -160,8 +159,6 @@ class TrainSettings(Section):
     memory_budget_bytes: Bytes | None = None
     torch_device: str = "auto"
     threads: Annotated[int, Field(ge=1, le=1024)] = 1
-    rank_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    rank_penalty: NonNegativeFloat = 0.0
 
 
 class PruneSettings(Section):
@@ -234,11 +231,30 @@ class CostSettings(Section):
     backend: Literal["analytic"] = "analytic"
 
 
+_NOW_OPTIONS = {"rank_decay": ("hetlora", 1.0), "rank_penalty": ("hetlora", 0.0)}
+"""Keys that were in ``train`` once: whose ``method_options`` they are now, and the value without effect."""
+
+
+def _as_options(tree: Any) -> Any:
+    """A raw configuration with keys of earlier versions where they are now; those of other methods' runs go."""
+    train = tree.get("train") if isinstance(tree, Mapping) else None
+    if not isinstance(train, Mapping) or not _NOW_OPTIONS.keys() & train.keys():
+        return tree
+    kept, options = dict(train), dict(tree.get("method_options") or {})
+    for key, (method, without_effect) in _NOW_OPTIONS.items():
+        if key in kept and tree.get("method") == method:
+            options.setdefault(key, kept.pop(key))
+        elif kept.get(key) == without_effect:
+            del kept[key]
+    return {**tree, "train": kept, "method_options": options}
+
+
 class Config(Section):
-    """A whole run."""
+    """A whole run. ``method_options`` are the settings of the method alone; its file lists them."""
 
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     method: str = "fedspine"
+    method_options: dict[str, Any] = {}
     records: RecordSettings = RecordSettings()
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -251,6 +267,11 @@ class Config(Section):
     reward: RewardSettings = RewardSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     cost: CostSettings = CostSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, tree: Any) -> Any:
+        return _as_options(tree)
 
     @property
     def local_recovery_steps(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.contracts.common import FloatArray, IntArray, KeptCounts, State
+from fedsim.contracts.program import LocalProgram
 
 
 @dataclass(frozen=True)
@@ -18,56 +19,41 @@ class LocalRequest:
     """One client's local job, frozen at dispatch.
 
     Attributes:
-        ratio_target: cumulative pruning ratio to reach after ``local_steps - recovery_steps`` steps.
-        prune: whether the structure may change in this round at all (False during warm-up).
-        estimate: whether importance is estimated in this round, where the run's method estimates any.
+        flight: how many times the client was sent off before: with the client, the key of all its random draws.
+        version: merges before the dispatch.
+        ratio_asked: cumulative pruning ratio to reach, where the program cuts.
+        program: what the device does; it never shrinks a structure where no phase cuts (warm-up).
     """
 
     client: int
-    round_index: int
-    ratio_target: float
-    prune: bool
+    flight: int
+    version: int
+    ratio_asked: float
     rank: int
-    local_steps: int
-    recovery_steps: int
-    learning_rate: float
-    estimate: bool = True
+    program: LocalProgram
 
 
 @dataclass(frozen=True, eq=False)
 class LocalRequests:
-    """The local jobs of one round's participants, in columns: `LocalRequest` of all of them.
+    """The local jobs of clients sent off together, in columns: `LocalRequest` of all of them.
 
     Attributes:
-        clients, ratio_target, rank: shape (P,); the other fields are the same for all.
+        clients, flight, ratio_asked, rank: shape (P,); the other fields are the same for all.
     """
 
-    round_index: int
     clients: IntArray
-    ratio_target: FloatArray
+    flight: IntArray
+    version: int
+    ratio_asked: FloatArray
     rank: IntArray
-    prune: bool
-    local_steps: int
-    recovery_steps: int
-    learning_rate: float
-    estimate: bool = True
+    program: LocalProgram
 
     def singles(self) -> list[LocalRequest]:
         """One record per client, for a learner that goes client by client."""
         return [
-            LocalRequest(
-                client=client,
-                round_index=self.round_index,
-                ratio_target=ratio,
-                prune=self.prune,
-                rank=rank,
-                local_steps=self.local_steps,
-                recovery_steps=self.recovery_steps,
-                learning_rate=self.learning_rate,
-                estimate=self.estimate,
-            )
-            for client, ratio, rank in zip(
-                self.clients.tolist(), self.ratio_target.tolist(), self.rank.tolist(), strict=True
+            LocalRequest(client, flight, self.version, ratio, rank, self.program)
+            for client, flight, ratio, rank in zip(
+                self.clients.tolist(), self.flight.tolist(), self.ratio_asked.tolist(), self.rank.tolist(), strict=True
             )
         ]
 

@@ -3,7 +3,7 @@
 A *learner's shape* says which pruning ratios can be achieved (its head groups and channels are whole numbers); a
 *clock's shape* says how much work that is. The learner's kept fractions, layer by layer, are applied to the clock's.
 
-A job runs its first steps at one structure, its start, and its recovery steps at another, its end. What it asks is the
+A job runs the steps before its cut at one structure, its start, and the others at another, its end. What it asks is the
 sum of what is spent at each, its peak the larger of theirs. Where all layers keep as much, what is spent at a structure
 is linear in the two kept fractions, and these in the rank: six numbers price it for a whole fleet.
 """
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fedsim.contracts.common import FloatArray, IntArray
 from fedsim.contracts.control import Work
+from fedsim.contracts.program import NO_EXTRA_COST, ExtraCost, LocalProgram, extra_cost
 from fedsim.cost.workload import (
     TRAINED_BYTES,
     KeptSums,
@@ -36,34 +37,74 @@ from fedsim.structure import ModelShape, kept_counts
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a job runs at one of its structures: steps, and importance estimates among them."""
+
+    steps: int
+    estimates: int
+
+
+@dataclass(frozen=True)
 class JobSetting:
-    """A local job, whatever its arm.
+    """What costs something in a local program, whatever its arm.
 
     Attributes:
-        local_steps: the paper's tau, >= 1.
-        recovery_steps: those of the tau steps that run after pruning, in [0, local_steps].
-        importance_every: local steps per importance estimate; None where the method estimates none.
+        start, end: before the cut, and after it.
         step: how one step is run.
-        prunes: whether the method prunes: its group scores then travel with the upload.
+        estimates: whether importance is estimated at all: it needs room throughout.
+        sends_scores: whether group scores travel with the upload.
+        extra: what the objective asks on top.
         importance_memory: what an importance is held of between estimates: each ``group``, or each ``weight``.
     """
 
-    local_steps: int
-    recovery_steps: int
-    importance_every: int | None
+    start: Share
+    end: Share
     step: StepSetting
-    prunes: bool
+    estimates: bool
+    sends_scores: bool
+    extra: ExtraCost = NO_EXTRA_COST
     importance_memory: Literal["group", "weight"] = "group"
 
-    def __post_init__(self) -> None:
-        if self.local_steps < 1:
-            raise ConfigError(f"local_steps is {self.local_steps}; it must be at least 1")
-        if not 0 <= self.recovery_steps <= self.local_steps:
-            raise ConfigError(
-                f"recovery_steps is {self.recovery_steps}; it must be between 0 and local_steps ({self.local_steps})"
-            )
-        if self.importance_every is not None and self.importance_every < 1:
-            raise ConfigError(f"importance_every is {self.importance_every}; it must be at least 1")
+    @classmethod
+    def of(
+        cls,
+        program: LocalProgram,
+        step: StepSetting,
+        importance_every: int | None,
+        sends_scores: bool,
+        importance_memory: Literal["group", "weight"] = "group",
+    ) -> JobSetting:
+        """From a program.
+
+        Args:
+            importance_every: local steps per importance estimate; None where an estimate costs nothing.
+            sends_scores: whether a job that estimates sends its scores.
+            importance_memory: of what an importance is held.
+        """
+        if importance_every is not None and importance_every < 1:
+            raise ConfigError(f"importance_every is {importance_every}; it must be at least 1")
+        # One that never cuts has one structure; it is divided as if its last phase followed a cut, so that rounds with
+        # and without a cut add up alike to the last digit.
+        places = [place for place, phase in enumerate(program.phases) if phase.cut_before]
+        cut = places[0] if places else len(program.phases) - 1
+        shares, first = [], 0
+        for phases in (program.phases[:cut], program.phases[cut:]):
+            steps = estimates = 0
+            for phase in phases:
+                last = first + phase.steps
+                if phase.estimate and importance_every is not None:
+                    estimates += last // importance_every - first // importance_every
+                steps, first = steps + phase.steps, last
+            shares.append(Share(steps, estimates))
+        return cls(
+            start=shares[0],
+            end=shares[1],
+            step=step,
+            estimates=importance_every is not None and program.estimates,
+            sends_scores=sends_scores and program.estimates,
+            extra=extra_cost(program.objective),
+            importance_memory=importance_memory,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,42 +258,41 @@ class ShapeAsk:
         return self._job_work(self._spent_at_start(*start, rank), self._spent_at_end(*end, rank), changes, rank)
 
     def _spent_at_start(self, heads: FloatArray, channels: FloatArray, rank: ArrayLike) -> _Spent:
-        """All but the recovery steps, and the download; kept fractions ``(..., clock layers)`` or ``(..., 1)``."""
-        first_steps = self._job.local_steps - self._job.recovery_steps
+        """What comes before the cut, and the download; kept fractions ``(..., clock layers)`` or ``(..., 1)``."""
         kept = kept_sums(self._clock, self._job.step, heads, channels)
-        return self._spent(kept, rank, first_steps, self._estimates(first_steps), self._update_bytes(kept, rank))
+        download = self._update_bytes(kept, rank) + self._job.extra.download_bytes * self._trained(kept, rank)
+        return self._spent(kept, rank, self._job.start, download)
 
     def _spent_at_end(self, heads: FloatArray, channels: FloatArray, rank: ArrayLike) -> _Spent:
-        """The recovery steps, and the upload with the scores of the kept groups where the method prunes.
+        """What follows the cut, and the upload with the scores of the kept groups where they are sent.
 
-        A job that does not change its structure runs the same steps here as if it had no recovery.
+        A job that does not change its structure runs the same steps here as if it had no cut.
         """
         job, shape = self._job, self._clock
-        first_steps = job.local_steps - job.recovery_steps
         kept = kept_sums(shape, job.step, heads, channels)
-        upload = self._update_bytes(kept, rank)
-        if job.prunes:
+        upload = self._update_bytes(kept, rank) + job.extra.upload_bytes * self._trained(kept, rank)
+        if job.sends_scores:
             upload = upload + TRAINED_BYTES * (kept.heads_all * shape.head_groups + kept.channels_all * shape.ffn)
-        late_estimates = self._estimates(job.local_steps) - self._estimates(first_steps)
-        return self._spent(kept, rank, job.recovery_steps, late_estimates, upload)
+        return self._spent(kept, rank, job.end, upload)
 
-    def _estimates(self, steps: int) -> int:
-        """Importance estimates in the first `steps` steps: on every `importance_every`-th, counted over the job."""
-        return steps // self._job.importance_every if self._job.importance_every is not None else 0
-
-    def _spent(self, kept: KeptSums, rank: ArrayLike, steps: int, estimates: int, traffic_bytes: FloatArray) -> _Spent:
-        shape, setting = self._clock, self._job.step
+    def _spent(self, kept: KeptSums, rank: ArrayLike, share: Share, traffic_bytes: FloatArray) -> _Spent:
+        shape, setting, extra = self._clock, self._job.step, self._job.extra
         step = work_of_sums(shape, kept, rank, setting)
-        flops, moved, launches = steps * step.flops, steps * step.memory_bytes, steps * step.launches
+        flops, moved, launches = share.steps * step.flops, share.steps * step.memory_bytes, share.steps * step.launches
         peak = step.peak_memory_bytes
-        if self._job.importance_every is not None:
+        if self._job.estimates:
             estimate = importance_work(shape, kept, rank)
-            flops = flops + estimates * estimate.flops
-            moved = moved + estimates * estimate.memory_bytes
-            launches = launches + estimates * estimate.launches
+            flops = flops + share.estimates * estimate.flops
+            moved = moved + share.estimates * estimate.memory_bytes
+            launches = launches + share.estimates * estimate.launches
             peak = peak + estimate.peak_memory_bytes
             if self._job.importance_memory == "weight":
                 peak = peak + TRAINED_BYTES * block_weights(shape, kept.heads_all, kept.channels_all)
+        if extra != NO_EXTRA_COST:
+            trained = self._trained(kept, rank)
+            flops = flops + share.steps * extra.flops * trained
+            moved = moved + share.steps * extra.memory_bytes * trained
+            peak = peak + extra.peak_memory_bytes * trained
         slicing = slicing_work(shape, block_weights(shape, kept.heads_all, kept.channels_all), setting.precision)
         return _Spent(flops, moved, launches, peak, traffic_bytes, slicing.memory_bytes)
 
@@ -271,5 +311,8 @@ class ShapeAsk:
 
     def _update_bytes(self, kept: KeptSums, rank: ArrayLike) -> FloatArray:
         """LoRA of the targeted Linears' kept rows and columns and the classification head, fp32, one way."""
-        adapter = lora_weights(self._clock, kept, rank)
-        return TRAINED_BYTES * (adapter + self._clock.head_weights)
+        return TRAINED_BYTES * self._trained(kept, rank)
+
+    def _trained(self, kept: KeptSums, rank: ArrayLike) -> FloatArray:
+        """Trained weights: LoRA of the targeted Linears' kept rows and columns, and the classification head."""
+        return lora_weights(self._clock, kept, rank) + self._clock.head_weights

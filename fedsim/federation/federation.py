@@ -33,7 +33,6 @@ from fedsim.federation.settlement import feedback_of, rewards_of, settled
 from fedsim.federation.staleness import merge_weights
 from fedsim.federation.standing import FinalSparsity, Standing
 from fedsim.federation.yardstick import cut_to_target, evaluation_of, is_last
-from fedsim.methods.rates import learning_rate
 
 __all__ = ["Federation", "FinalSparsity", "Parts"]
 
@@ -55,23 +54,18 @@ class Federation:
         ratio, rank = taken_arms(parts, standing, context)
         flight = standing.sent_off(clients, ratio, context.schedule_ratio)
         ask = self.round_ask(version, clients)
-        iterative = parts.method.prunes and parts.method.iterative
-        prune = iterative and version >= parts.config.prune_warmup_rounds
-        steps = parts.config.train.local_steps
+        program = parts.method.local_program(version, parts.config)
         tickets = parts.learner.submit(
             LocalRequests(
-                round_index=version,
                 clients=clients,
-                ratio_target=ratio,
+                flight=flight,
+                version=version,
+                ratio_asked=ratio,
                 rank=rank,
-                prune=prune,
-                local_steps=steps,
-                recovery_steps=parts.config.local_recovery_steps if parts.method.prunes else 0,
-                learning_rate=learning_rate(parts.method, parts.config, version),
-                estimate=parts.method.estimates(version, parts.config),
+                program=program,
             )
         )
-        if prune and parts.config.prune.selection == "global":
+        if program.cuts and parts.config.prune.selection == "global":
             results = parts.learner.peek(tickets)  # the kept groups cannot be known without training
             work = ask.work_of_counts(*results.kept_before, *results.kept_after, rank)
         else:
@@ -85,7 +79,7 @@ class Federation:
             ratio_before=context.ratio_before,
             ratio_asked=ratio,
             rank=rank,
-            steps=np.full(count, steps, dtype=np.int64),
+            steps=np.full(count, program.steps, dtype=np.int64),
             work=_columns(work, count),
             ticket=tickets,
         )
@@ -129,8 +123,7 @@ class Federation:
     def round_ask(self, version: int, clients: IntArray) -> FlightAsk:
         """What arms demand of these clients in the dispatch that comes next: as their jobs will be priced."""
         parts = self._parts
-        estimates = parts.method.estimates(version, parts.config)
-        ask = parts.ask if estimates or parts.quiet_ask is None else parts.quiet_ask
+        ask = parts.ask_of(parts.method.local_program(version, parts.config))
         return FlightAsk(ask, self._broadcast, clients)
 
     def final_sparsity(self) -> FinalSparsity:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fedsim.contracts.common import IntArray
 from fedsim.contracts.control import Ask, Policy
 from fedsim.contracts.learning import Learner
+from fedsim.contracts.program import LocalProgram
 from fedsim.control.reward import RewardModel
 from fedsim.control.schedule import default_step_max
 from fedsim.methods.base import Method
@@ -20,7 +22,7 @@ class Parts:
     Attributes:
         participants: clients that a round waits for.
         panel: clients on whose structures the global model is tested.
-        quiet_ask: what a job demands at times at which the method estimates no importance; None where there are none.
+        ask_of: what a job demands that plays a program.
     """
 
     config: Config
@@ -28,11 +30,10 @@ class Parts:
     learner: Learner
     policy: Policy
     reward: RewardModel
-    ask: Ask
+    ask_of: Callable[[LocalProgram], Ask]
     clients: int
     participants: int
     panel: IntArray
-    quiet_ask: Ask | None = None
 
     @property
     def step_max(self) -> float:

@@ -17,7 +17,7 @@ class FlightAsk:
     """Implements `Ask` for given participants: arguments' first axis is theirs, or 1 for all alike.
 
     Args:
-        ask: of the round: with importance and its scores, or without where the method estimates none.
+        ask: of the program that the participants play.
         broadcast: as it stands before the round.
         clients: participants, (P,).
     """

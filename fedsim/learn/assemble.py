@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
 from fedsim.contracts.common import IntArray
+from fedsim.contracts.program import Objective
 from fedsim.control.policies import POLICIES
 from fedsim.data.labelled import Corpus
 from fedsim.errors import ConfigError
 from fedsim.learn.engine import chosen_engine, chosen_precision, make_engine
 from fedsim.learn.entries import RULES
-from fedsim.learn.learner import LearnerParts, LoraLearner
+from fedsim.learn.learner import LearnerParts, LoraLearner, no_objective
 from fedsim.learn.merge.rules import find_rule
 from fedsim.learn.model.adapter import initial_adapter
 from fedsim.learn.model.backbone import load_backbone
@@ -44,12 +46,19 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
-def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[IntArray, ...]) -> LoraLearner:
+def build_learner(
+    config: Config,
+    prunes: bool,
+    corpus: Corpus,
+    parts: tuple[IntArray, ...],
+    objective_at: Callable[[int], Objective | None] = no_objective,
+) -> LoraLearner:
     """Load the backbone, encode the text, and stand a trainer behind the joint.
 
     Args:
         prunes: whether the method prunes; where not, importance is never estimated.
         parts: each client's sample numbers in ``corpus.train``.
+        objective_at: what the method's jobs minimise beside their losses, by the version they are sent off with.
     """
     criterion = find_criterion(config.prune.criterion)
     find_rule(config.aggregate.rule)
@@ -87,12 +96,13 @@ def build_learner(config: Config, prunes: bool, corpus: Corpus, parts: tuple[Int
         criterion=criterion if prunes else None,
         importance_every=config.prune.importance_every,
         selection=config.prune.selection,
-        rank_decay=config.train.rank_decay,
-        rank_penalty=config.train.rank_penalty,
     )
     encode_text = encode_prompts if responses else encode
     text, test = (
         encode_text(part, backbone.tokenizer, config.train.max_length) for part in (corpus.train, corpus.test)
     )
     engine = make_engine(config, backbone, adapter, ClientData(text, parts), test, rule, precision)
-    return LoraLearner(LearnerParts(config, backbone, engine, criterion, texts_cut=(text.cut, test.cut)), adapter)
+    return LoraLearner(
+        LearnerParts(config, backbone, engine, criterion, texts_cut=(text.cut, test.cut), objective_at=objective_at),
+        adapter,
+    )

@@ -1,18 +1,19 @@
 """Jobs in flight as arrays, so that a run goes on from the middle: what each was frozen with, and what came of it.
 
 One row per job; adapters of versions that are still in flight once each; an update's tensors by its ticket. Guides (a
-static criterion's scores) follow from the seed and are not stored.
+static criterion's scores) follow from the seed, objectives from the method and the version, and are not stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 
 import numpy as np
 
 from fedsim.contracts.common import Outcome, State
 from fedsim.contracts.learning import LocalRequest
+from fedsim.contracts.program import LocalProgram, Objective, Phase
 from fedsim.learn.adapter_arrays import adapter_from, adapter_state
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.train.importance import GroupScores
@@ -43,8 +44,13 @@ def flights_state(flights: Sequence[InFlight], present: Adapter, shape: ModelSha
     arrays["tickets"] = np.array([one.ticket for one in flights], dtype=np.int64)
     arrays["trained"] = np.array([one.update is not None for one in flights])
     arrays["version"] = np.array([numbers[id(job.adapter)] for job in jobs], dtype=np.int64)
-    for field in fields(LocalRequest):
-        arrays[f"request.{field.name}"] = np.array([getattr(job.request, field.name) for job in jobs])
+    for name in _REQUEST:
+        arrays[f"request.{name}"] = np.array([getattr(job.request, name) for job in jobs])
+    programs = list(dict.fromkeys(job.request.program for job in jobs))
+    arrays["request.program"] = np.array([programs.index(job.request.program) for job in jobs], dtype=np.int64)
+    for number, program in enumerate(programs):
+        arrays[f"program.{number}"] = np.array([astuple(phase) for phase in program.phases], dtype=np.float64)
+        arrays[f"program.{number}.objective"] = np.array([program.objective is not None])
     arrays["start"] = np.stack([_bits(job.start) for job in jobs])
     arrays["masked"] = np.array([job.mask is not None for job in jobs])
     arrays["mask"] = np.stack([_bits(job.mask or job.start) for job in jobs])
@@ -61,18 +67,31 @@ def flights_state(flights: Sequence[InFlight], present: Adapter, shape: ModelSha
 
 
 def flights_from(
-    state: State, present: Adapter, shape: ModelShape, guide: Callable[[int], GroupScores | None]
+    state: State,
+    present: Adapter,
+    shape: ModelShape,
+    guide: Callable[[int], GroupScores | None],
+    objective_at: Callable[[int], Objective | None],
 ) -> list[InFlight]:
-    """What `flights_state` gave. Jobs of one version share its adapter again, those of the present one `present`."""
+    """What `flights_state` gave. Jobs of one version share its adapter again, those of the present one `present`.
+
+    Args:
+        objective_at: what the jobs of a version minimise beside their losses, where they minimise anything.
+    """
     arrays = {name.removeprefix("flights."): array for name, array in state.items() if name.startswith("flights.")}
     adapters = {_PRESENT: present}
     for number in sorted(set(arrays["version"].tolist()) - {_PRESENT}):
         adapters[number] = adapter_from(arrays, present, f"version.{number}.")
     kept: list[InFlight] = []
+    programs: dict[int, LocalProgram] = {}
     own_scores, done = _scores(arrays, "scores", shape), 0
     new_scores = _scores(arrays, "update.scores", shape) if arrays["trained"].any() else []
     for row, ticket in enumerate(arrays["tickets"].tolist()):
-        request = LocalRequest(**{one.name: arrays[f"request.{one.name}"][row].item() for one in fields(LocalRequest)})
+        values = {name: arrays[f"request.{name}"][row].item() for name in _REQUEST}
+        number = int(arrays["request.program"][row])
+        if number not in programs:
+            programs[number] = _program(arrays, f"program.{number}", objective_at, values["version"])
+        request = LocalRequest(**values, program=programs[number])
         adapter = adapters[int(arrays["version"][row])]
         mask = _structure(arrays["mask"][row], shape) if arrays["masked"][row] else None
         start = _structure(arrays["start"][row], shape)
@@ -92,8 +111,17 @@ def flights_from(
     return kept
 
 
+_REQUEST = tuple(field.name for field in fields(LocalRequest) if field.name != "program")
 _NUMBERS = ("samples", "loss_before", "loss_after", "lora_importance", "outcome")
 """Numbers of an `Update`."""
+
+
+def _program(arrays: State, name: str, objective_at: Callable[[int], Objective | None], version: int) -> LocalProgram:
+    phases = tuple(
+        Phase(int(steps), float(rate), bool(estimate), bool(cut_before), bool(trains))
+        for steps, rate, estimate, cut_before, trains in arrays[name]
+    )
+    return LocalProgram(phases, objective_at(version) if arrays[f"{name}.objective"][0] else None)
 
 
 def _bits(structure: Structure) -> np.ndarray:

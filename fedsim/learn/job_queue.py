@@ -13,6 +13,7 @@ import numpy as np
 
 from fedsim.contracts.common import IntArray, State
 from fedsim.contracts.learning import Cohorts
+from fedsim.contracts.program import Objective
 from fedsim.learn.in_flight import InFlight, flights_from, flights_state
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.train.importance import GroupScores
@@ -84,13 +85,19 @@ class JobQueue:
         return {**counts, **tickets, **flights_state(waiting, present, shape)}
 
     def restore(
-        self, state: State, present: Adapter, shape: ModelShape, guide: Callable[[int], GroupScores | None]
+        self,
+        state: State,
+        present: Adapter,
+        shape: ModelShape,
+        guide: Callable[[int], GroupScores | None],
+        objective_at: Callable[[int], Objective | None],
     ) -> None:
         """Take what `state` gave.
 
         Args:
             present: the global adapter, restored before.
             guide: a static criterion's scores by client, which are not stored.
+            objective_at: objectives by version, which are not either.
         """
         self._pending, self._trained = {}, {}
         if "cohorts" in state:
@@ -98,7 +105,7 @@ class JobQueue:
         if "flights.last_ticket" not in state:
             return
         self._last_ticket = int(state["flights.last_ticket"][0])
-        for one in flights_from(state, present, shape, guide):
+        for one in flights_from(state, present, shape, guide, objective_at):
             if one.update is None:
                 self._pending[one.ticket] = one.job
             else:

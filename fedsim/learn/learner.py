@@ -11,7 +11,7 @@ latest average.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from fedsim.contracts.common import FloatArray, IntArray, State
 from fedsim.contracts.learning import Cohorts, Evaluation, LocalRequest, LocalRequests, LocalResults
+from fedsim.contracts.program import Objective
 from fedsim.learn.adapter_arrays import adapter_from, adapter_state
 from fedsim.learn.engine import Engine
 from fedsim.learn.export.peft_folder import write_peft_folder
@@ -32,9 +33,14 @@ from fedsim.learn.model.backbone import Backbone
 from fedsim.learn.structures_plan import StructuresPlan
 from fedsim.learn.train.importance import Criterion
 from fedsim.learn.train.jobs import Job, Update
-from fedsim.learn.train.self_pruning import self_pruned
+from fedsim.learn.train.objective import resized
 from fedsim.settings import Config
 from fedsim.structure import Structure
+
+
+def no_objective(version: int) -> Objective | None:
+    """Jobs minimise their losses alone."""
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +50,7 @@ class LearnerParts:
     Attributes:
         server: what is made of the mean difference of a merge; None: updates are merged as the rule says.
         texts_cut: training and test samples that are longer than ``train.max_length``.
+        objective_at: what jobs minimise that were sent off with a version, for those that a checkpoint brings back.
     """
 
     config: Config
@@ -52,6 +59,7 @@ class LearnerParts:
     criterion: Criterion
     server: ServerOptimizer | None = None
     texts_cut: tuple[int, int] = (0, 0)
+    objective_at: Callable[[int], Objective | None] = no_objective
 
 
 class LoraLearner:
@@ -105,18 +113,15 @@ class LoraLearner:
     def _freeze(self, request: LocalRequest) -> Job:
         plan, client = self._plan, request.client
         start, mask = plan.structure(client), None
-        if request.prune:
-            start, mask = plan.dispatched(client, request.ratio_target)
+        if request.program.cuts:
+            start, mask = plan.dispatched(client, request.ratio_asked)
         return Job(request, self._adapter, start, plan.scores(client), plan.guide(client), mask)
 
     def _train(self, jobs: Sequence[Job]) -> list[Update]:
         config, backbone = self._parts.config, self._parts.backbone
         with device_faults(backbone.device):
             updates = self._parts.engine.trainer.train(jobs)
-        return [
-            self_pruned(job, update, config.train.rank_decay, config.seed, backbone.shape)
-            for job, update in zip(jobs, updates, strict=True)
-        ]
+        return [resized(job, update, config.seed, backbone.shape) for job, update in zip(jobs, updates, strict=True)]
 
     # -- the server's side ------------------------------------------------------------------------------------------
 
@@ -204,7 +209,8 @@ class LoraLearner:
         if self._parts.engine.plan is not None and "chunk_clients" in state:
             self._parts.engine.plan.limit = int(state["chunk_clients"][0])
         self._plan.restore(state)
-        self._queue.restore(state, self._adapter, self._parts.backbone.shape, self._plan.guide)
+        parts = self._parts
+        self._queue.restore(state, self._adapter, parts.backbone.shape, self._plan.guide, parts.objective_at)
         if self._parts.server is not None:
             own = {name: array for name, array in state.items() if name.startswith("server.")}
             self._parts.server.restore({name.removeprefix("server."): array for name, array in own.items()})

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from fedsim.contracts.program import LocalProgram, Objective, Phase
 from fedsim.control.schedule import cubic_ratio
-from fedsim.settings import Config
+from fedsim.settings import Config, Section
 
 Schedule = Callable[[int, Config], float]
 """The fleet's pruning ratio after a round: ``schedule(round_index, config)``."""
 
-Share = Callable[[int, Config], float]
-"""A share in [0, 1] for a round."""
+Program = Callable[[int, Config], LocalProgram]
+"""What devices do that are sent off in a round."""
 
 When = Callable[[int, Config], bool]
 """Whether something happens in a round."""
+
+Refusals = Callable[[Config], Iterator[str]]
+"""What is wrong with a configuration, a sentence each."""
 
 
 def cubic_schedule(round_index: int, config: Config) -> float:
@@ -23,19 +27,42 @@ def cubic_schedule(round_index: int, config: Config) -> float:
     return cubic_ratio(round_index, config.prune_warmup_rounds, config.prune_end_round, config.prune.target)
 
 
-def always(round_index: int, config: Config) -> bool:
-    """In every round."""
-    return True
-
-
 def never(round_index: int, config: Config) -> bool:
     """In no round."""
     return False
 
 
-def in_full(round_index: int, config: Config) -> float:
-    """All of it, in every round."""
-    return 1.0
+def refuses_nothing(config: Config) -> Iterator[str]:
+    """No configuration."""
+    yield from ()
+
+
+def scheduled_rate(round_index: int, config: Config) -> float:
+    """What ``train.schedule`` gives a round: linear decay over all, so that the last round still learns a little."""
+    train, rounds = config.train, config.server.rounds
+    decay = 1.0 - round_index / rounds if train.schedule == "linear" else 1.0
+    return train.learning_rate * decay
+
+
+def tuning(round_index: int, config: Config, objective: Objective | None = None) -> LocalProgram:
+    """Tuning alone: ``train.local_steps`` steps."""
+    return LocalProgram((Phase(config.train.local_steps, scheduled_rate(round_index, config)),), objective)
+
+
+def pruning(
+    round_index: int, config: Config, *, cuts: bool = True, estimates: bool = True, trains: bool = True
+) -> LocalProgram:
+    """Tune while importance is estimated, cut, recover: ``train.local_steps`` steps in all.
+
+    Args:
+        cuts: False leaves the structure as it is; so do the rounds of warm-up.
+        estimates: whether importance is estimated.
+        trains: False: passes that change no weight.
+    """
+    rate, recovery = scheduled_rate(round_index, config), config.local_recovery_steps
+    cuts = cuts and round_index >= config.prune_warmup_rounds
+    first = Phase(config.train.local_steps - recovery, rate, estimates, trains=trains)
+    return LocalProgram((first, Phase(recovery, rate, estimates, cut_before=cuts, trains=trains)))
 
 
 @dataclass(frozen=True)
@@ -50,11 +77,13 @@ class Method:
         defaults: dotted configuration keys the method sets where the user does not.
         labels: how far its numbers may be trusted (``reconstruction`` where the paper is silent on a choice).
         schedule: the fleet's pruning schedule.
-        iterative: whether devices prune within rounds; where not, ratios change by `cuts_after` and at the end alone.
+        iterative: whether devices prune within rounds; where not, ratios change by `cuts_after` and at the end alone,
+            and no program cuts.
         cuts_after: rounds after which the whole fleet is cut to its target, without training. After the last round it
             always is.
-        learns: share of the learning rate that a round gets; 0: a pass that changes no weight.
-        estimates: rounds in which importance is estimated, and its cost counted.
+        program: what a device does in a round; None: `pruning` where the method prunes, else `tuning`.
+        options: the settings that belong to this method alone, ``method_options``; a section with a default for each.
+        refuses: what is wrong with a configuration under this method, beyond what is refused for all.
         baseline: its place among the methods that others are compared with where the user names none, lowest first;
             None: it is none.
     """
@@ -68,6 +97,15 @@ class Method:
     schedule: Schedule = cubic_schedule
     iterative: bool = True
     cuts_after: When = never
-    learns: Share = in_full
-    estimates: When = always
+    program: Program | None = None
+    options: type[Section] = Section
+    refuses: Refusals = refuses_nothing
     baseline: int | None = None
+
+    def local_program(self, round_index: int, config: Config) -> LocalProgram:
+        """What the devices do that are sent off in a round."""
+        if self.program is not None:
+            return self.program(round_index, config)
+        if self.prunes:
+            return pruning(round_index, config, cuts=self.iterative)
+        return tuning(round_index, config)

@@ -3,7 +3,7 @@
 Source: named by FedSpine (arXiv 2501.02438) as a sequential rival; tuning is FedIT, arXiv 2305.05644.
 
 Unspecified in the paper; we chose: round 0 is the importance pass. Its participants run tau forward and backward
-passes with a learning rate of zero and send their group scores; the server averages them and cuts the whole fleet to
+passes that change no weight and send their group scores; the server averages them and cuts the whole fleet to
 ``prune.target`` by one common mask. The pass takes its time on the clock. From round 1 on it is FedIT, and importance
 is neither estimated nor paid for. The learning rate's schedule runs over all rounds, as for every method.
 
@@ -15,7 +15,8 @@ quickstart's model (80 clients, 12 rounds, seed 0) the pass ended at 0.825 with 
 
 from __future__ import annotations
 
-from fedsim.methods.base import Method
+from fedsim.contracts.program import LocalProgram
+from fedsim.methods.base import Method, pruning
 from fedsim.settings import Config
 
 
@@ -24,9 +25,10 @@ def is_pass(round_index: int, config: Config) -> bool:
     return round_index == 0
 
 
-def learning_share(round_index: int, config: Config) -> float:
-    """Nothing in the importance pass, everything afterwards."""
-    return 0.0 if is_pass(round_index, config) else 1.0
+def program(round_index: int, config: Config) -> LocalProgram:
+    """Passes that estimate importance and change no weight, then tuning alone."""
+    first = is_pass(round_index, config)
+    return pruning(round_index, config, cuts=False, estimates=first, trains=not first)
 
 
 def schedule(round_index: int, config: Config) -> float:
@@ -50,6 +52,5 @@ METHOD = Method(
     schedule=schedule,
     iterative=False,
     cuts_after=is_pass,
-    learns=learning_share,
-    estimates=is_pass,
+    program=program,
 )

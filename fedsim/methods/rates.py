@@ -1,8 +1,4 @@
-"""The learning rate of a round: one function for all who train, fit or foretell.
-
-Linear decay runs over all rounds, so that the last round still learns a little. A method may give a round less, or
-nothing (`Method.learns`): a pass that changes no weight.
-"""
+"""The learning rate of a round: one function for all who fit or foretell; who trains plays the program itself."""
 
 from __future__ import annotations
 
@@ -13,15 +9,14 @@ from fedsim.methods.base import Method
 from fedsim.settings import Config
 
 
-def rate_share(method: Method, config: Config, round_index: int) -> float:
-    """Share of ``train.learning_rate`` that a round (from 0) trains with, in [0, 1]."""
-    decay = 1.0 - round_index / config.server.rounds if config.train.schedule == "linear" else 1.0
-    return decay * method.learns(round_index, config)
-
-
 def learning_rate(method: Method, config: Config, round_index: int) -> float:
-    """Learning rate of a round (from 0)."""
-    return config.train.learning_rate * rate_share(method, config, round_index)
+    """Mean learning rate over the local steps of a round (from 0); passes that change no weight count as 0."""
+    return method.local_program(round_index, config).rate
+
+
+def rate_share(method: Method, config: Config, round_index: int) -> float:
+    """`learning_rate` over ``train.learning_rate``."""
+    return learning_rate(method, config, round_index) / config.train.learning_rate
 
 
 def rate_shares(method: Method, config: Config, rounds: int) -> FloatArray:

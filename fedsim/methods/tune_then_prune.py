@@ -10,7 +10,8 @@ is that after the cut. ``prune.warmup_rounds`` and ``prune.end_round`` are not u
 
 from __future__ import annotations
 
-from fedsim.methods.base import Method
+from fedsim.contracts.program import LocalProgram
+from fedsim.methods.base import Method, pruning
 from fedsim.settings import Config
 
 
@@ -27,6 +28,11 @@ def is_cut(round_index: int, config: Config) -> bool:
 def is_before_cut(round_index: int, config: Config) -> bool:
     """Whether the backbone is still whole in this round."""
     return round_index <= cut_round(config)
+
+
+def program(round_index: int, config: Config) -> LocalProgram:
+    """Tuning, with importance until the cut."""
+    return pruning(round_index, config, cuts=False, estimates=is_before_cut(round_index, config))
 
 
 def schedule(round_index: int, config: Config) -> float:
@@ -49,5 +55,5 @@ METHOD = Method(
     schedule=schedule,
     iterative=False,
     cuts_after=is_cut,
-    estimates=is_before_cut,
+    program=program,
 )

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fedsim.contracts.learning import Learner
+from fedsim.contracts.program import LocalProgram
 from fedsim.control.policies import POLICIES, PolicyInputs, make_policy
 from fedsim.control.reward import RewardModel
 from fedsim.control.timed import TimedPolicy
@@ -98,7 +99,10 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
     clock_shape = load_shape(config.cost.model, labels) if config.cost.model else shape
     participants = participants_per_round(config, fleet.clients)
     _check_shape(config, method, shape)
-    ask = build_ask(config, method, shape, clock_shape)
+    ask_of = priced(config, method, shape, clock_shape)
+    # Policies reason with the work of the first round whose jobs may cut.
+    first_cut = config.prune_warmup_rounds if method.prunes and method.iterative else 0
+    ask = ask_of(method.local_program(first_cut, config))
 
     facts = _facts(config, fleet, clock_shape)
     player = chosen_player(config, participants, fleet.dynamics)
@@ -145,11 +149,10 @@ def build(config: Config, say: Say, perturb: Callable[[DeviceProfile], DevicePro
         learner=learner,
         policy=policy,
         reward=RewardModel(config.reward, fleet.clients, peers_of(config.server, fleet.clients)),
-        ask=ask,
+        ask_of=ask_of,
         clients=fleet.clients,
         participants=participants,
         panel=draw_panel(fleet.device_of, config.evaluate.panel, config.seed),
-        quiet_ask=build_ask(config, method, shape, clock_shape, estimates=False),
     )
     fraction = shape.prunable_weights / shape.all_weights
     return Experiment(config, fleet, Federation(parts), policy, fraction, facts, tuple(labels_of_learning), player)
@@ -249,14 +252,10 @@ def _reachable(shape: ModelShape, ratio: ArrayLike) -> NDArray[np.bool_]:
     return reachable
 
 
-def build_ask(
-    config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape, estimates: bool = True
-) -> ShapeAsk:
-    """What each arm of a run asks, on the clock's workload.
-
-    Args:
-        estimates: False for rounds in which the method estimates no importance, and so sends no scores either.
-    """
+def priced(
+    config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape
+) -> Callable[[LocalProgram], ShapeAsk]:
+    """What each arm of a program asks, on the clock's workload; programs that cost alike share it."""
     cost, train = config.cost, config.train
     step = StepSetting(
         batch_size=cost.batch_size or train.batch_size,
@@ -266,16 +265,19 @@ def build_ask(
         train_top_layers=None,
         lora_roles=_lora_roles(config, shape, clock_shape),
     )
-    needs_gradients = method.prunes and estimates and not CRITERIA.named(config.prune.criterion).is_static
-    job = JobSetting(
-        local_steps=train.local_steps,
-        recovery_steps=config.local_recovery_steps if method.prunes else 0,
-        importance_every=config.prune.importance_every if needs_gradients else None,
-        step=step,
-        prunes=method.prunes and estimates,
-        importance_memory=config.prune.importance_memory,
-    )
-    return ShapeAsk(shape, clock_shape, job, ranks_on_offer(config.model.lora_rank_max))
+    needs_gradients = method.prunes and not CRITERIA.named(config.prune.criterion).is_static
+    importance_every = config.prune.importance_every if needs_gradients else None
+    ranks = ranks_on_offer(config.model.lora_rank_max)
+    asks: dict[JobSetting, ShapeAsk] = {}
+
+    def ask_of(program: LocalProgram) -> ShapeAsk:
+        memory = config.prune.importance_memory
+        job = JobSetting.of(program, step, importance_every, sends_scores=method.prunes, importance_memory=memory)
+        if job not in asks:
+            asks[job] = ShapeAsk(shape, clock_shape, job, ranks)
+        return asks[job]
+
+    return ask_of
 
 
 def _lora_roles(config: Config, shape: ModelShape, clock_shape: ModelShape) -> frozenset[str] | None:
@@ -300,7 +302,9 @@ def _build_learner(
     say("loading torch and the model")
     from fedsim.learn.assemble import build_learner  # heavy: only runs that train pay for it
 
-    learner = build_learner(config, method.prunes, corpus, parts)
+    learner = build_learner(
+        config, method.prunes, corpus, parts, lambda version: method.local_program(version, config).objective
+    )
     model = {"name": config.model.name, "sha256": learner.weights_sha256}
     sizes = (len(corpus.train), len(corpus.test))
     for what, cut, rows in zip(("training", "test"), learner.texts_cut, sizes, strict=True):

@@ -102,16 +102,20 @@ def _merge(low: Tree, high: Mapping[str, Any]) -> Tree:
     return merged
 
 
-def _sentences(error: ValidationError) -> str:
-    """Every key that is not allowed: a sentence with field, value and what is allowed."""
-    return _ALSO.join(dict.fromkeys(_sentence(one, error) for one in error.errors()))
+def _sentences(error: ValidationError, model: type[BaseModel] = Config, inside: tuple[str, ...] = ()) -> str:
+    """Every key that is not allowed: a sentence with field, value and what is allowed.
+
+    Args:
+        model: what was read.
+        inside: the section in which it is.
+    """
+    return _ALSO.join(dict.fromkeys(_sentence(one, error, model, inside) for one in error.errors()))
 
 
-def _sentence(first: ErrorDetails, error: ValidationError) -> str:
+def _sentence(first: ErrorDetails, error: ValidationError, model: Any, inside: tuple[str, ...]) -> str:
     # Union members and the like add parts to the location that are no keys.
     parts = [str(part) for part in first["loc"]]
-    model: Any = Config
-    path: list[str] = []
+    path = list(inside)
     for part in parts:
         fields = getattr(model, "model_fields", {})
         if first["type"] == "extra_forbidden" and part not in fields:
@@ -124,7 +128,8 @@ def _sentence(first: ErrorDetails, error: ValidationError) -> str:
         model = fields[part].annotation
         if not (isinstance(model, type) and issubclass(model, BaseModel)):
             break
-    messages = [e["msg"] for e in error.errors() if [str(p) for p in e["loc"]][: len(path)] == path]
+    own = path[len(inside) :]
+    messages = [e["msg"] for e in error.errors() if [str(p) for p in e["loc"]][: len(own)] == own]
     allowed = " or ".join(dict.fromkeys(m.removeprefix("Input ") for m in messages))
     value = first["input"]
     if first["type"] in ("missing", "too_long", "tuple_type"):
@@ -159,6 +164,11 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
         config = Config.model_validate(_merge(layered, user))
     except ValidationError as error:
         raise ConfigError(_sentences(error)) from error
+    try:
+        options = method.options.model_validate(config.method_options)
+    except ValidationError as error:
+        raise ConfigError(_sentences(error, method.options, ("method_options",))) from error
+    config = config.model_copy(update={"method_options": options.model_dump(mode="json")})
     _check(config, method)
     return config
 
@@ -255,11 +265,7 @@ def _faults(config: Config, method: Method) -> Iterator[str]:
             f"aggregate.rule: value {rule.name!r} is not allowed with control.policy {config.control.policy!r} "
             "(it needs equal ranks: use policy uniform, or rule lowrank)"
         )
-    if rule is not None and rule.equal_ranks and train.rank_decay < 1.0:
-        yield (
-            f"train.rank_decay: value {train.rank_decay} is not allowed with aggregate.rule {rule.name} (clients "
-            "that give up components have unequal ranks: use 1, or another rule)"
-        )
+    yield from method.refuses(config)
     if config.train.engine in ("none", "surrogate") and method.prunes and prune.selection == "global":
         yield (
             f"prune.selection: value 'global' is not allowed with train.engine {config.train.engine} (which layers "

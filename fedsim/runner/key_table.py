@@ -49,6 +49,8 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
         return ", ".join(str(value) for value in get_args(annotation))
     if origin is tuple:
         return f"{len(get_args(annotation))} numbers"
+    if origin is dict:
+        return "what the method's file lists"
     if origin is list:
         (item,) = get_args(annotation)
         return f"list of {_allowed(item, [])}" if get_origin(item) is Literal else "list of names"

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import (
@@ -24,13 +25,12 @@ STEP = StepSetting(4, 32)
 RANKS = (2, 4, 8, 16, 32)
 
 
-def job(**changes):
-    return JobSetting(
-        **{"local_steps": 20, "recovery_steps": 5, "importance_every": 5, "step": STEP, "prunes": True} | changes
-    )
+def job(steps=20, recovery=5, importance_every=5, prunes=True, step=STEP):
+    phases = (Phase(steps - recovery, 1e-3, prunes), Phase(recovery, 1e-3, prunes, cut_before=prunes))
+    return JobSetting.of(LocalProgram(phases), step, importance_every, sends_scores=prunes)
 
 
-def slow_work(learner, clock, setting, before, after, rank):
+def slow_work(learner, clock, steps, recovery, every, before, after, rank):
     """A job step by step: (flops, bytes, launches)."""
     start, end = kept_counts(learner, min(before, after)), kept_counts(learner, after)
     dispatched = kept_counts(learner, before)
@@ -44,12 +44,12 @@ def slow_work(learner, clock, setting, before, after, rank):
     def share(counts):
         return [counts[0] / learner.head_groups], [counts[1] / learner.ffn]
 
-    for index in range(1, setting.local_steps + 1):
-        recovering = pruned and index > setting.local_steps - setting.recovery_steps
+    for index in range(1, steps + 1):
+        recovering = pruned and index > steps - recovery
         kept = share(end if recovering else start)
-        add(step_work(clock, *kept, rank, setting.step))
-        if setting.importance_every and index % setting.importance_every == 0:
-            add(importance_work(clock, kept_sums(clock, setting.step, *kept), rank))
+        add(step_work(clock, *kept, rank, STEP))
+        if every and index % every == 0:
+            add(importance_work(clock, kept_sums(clock, STEP, *kept), rank))
     if pruned or dispatched != start:
         heads, channels = share(end)
         weights = clock.prunable_weights
@@ -68,9 +68,9 @@ def slow_work(learner, clock, setting, before, after, rank):
     clock=st.sampled_from([TINY, BASE]),
 )
 def test_a_job_is_the_sum_of_its_steps(before, after, rank, every, recovery, clock):
-    setting = job(importance_every=every, recovery_steps=recovery)
+    setting = job(importance_every=every, recovery=recovery)
     work = ShapeAsk(TINY, clock, setting, RANKS).work(before, after, rank)
-    slow = slow_work(TINY, clock, setting, before, after, rank)
+    slow = slow_work(TINY, clock, 20, recovery, every, before, after, rank)
     assert [float(work.flops), float(work.memory_bytes), float(work.launches)] == pytest.approx(slow, rel=1e-12)
 
 
@@ -170,8 +170,8 @@ def test_learners_whole_heads_decide_the_clocks_work():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"local_steps": 0}, "local_steps is 0"),
-        ({"recovery_steps": 21}, "recovery_steps is 21"),
+        ({"steps": 0, "recovery": 0}, "has no steps"),
+        ({"recovery": 21}, "a phase of -1 steps"),
         ({"importance_every": 0}, "importance_every is 0"),
     ],
 )

@@ -5,6 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fedsim
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.cost import workload
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.device import load_profile
@@ -25,7 +26,7 @@ def lora_step(*roles, **changes):
 
 
 def job(step):
-    return JobSetting(local_steps=4, recovery_steps=1, importance_every=None, step=step, prunes=False)
+    return JobSetting.of(LocalProgram((Phase(4, 1e-3),)), step, None, sends_scores=False)
 
 
 def slow_weights(shape, structure, roles, rank, lowest=0):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.device import load_profile
 from fedsim.cost.estimate import estimate_step
@@ -76,7 +77,8 @@ def test_nothing_below_it_trained_needs_no_backward_product():
 
 
 def test_a_job_pays_for_the_output_on_every_step_whatever_is_pruned_and_sends_none_of_it():
-    job = JobSetting(5, 2, 2, StepSetting(3, 7), prunes=True)
+    phases = (Phase(3, 1e-3, estimate=True), Phase(2, 1e-3, estimate=True, cut_before=True))
+    job = JobSetting.of(LocalProgram(phases), StepSetting(3, 7), 2, sends_scores=True)
     asks = [ShapeAsk(shape, shape, job, (2, 4)).work([0.0, 0.0, 0.5], [0.0, 0.5, 0.5], 2) for shape in (LLAMA, BARE)]
     np.testing.assert_allclose(asks[0].flops - asks[1].flops, 5 * 2 * 2 * 21 * 8 * 50, rtol=1e-12)
     np.testing.assert_array_equal(asks[0].upload_bytes, asks[1].upload_bytes)

@@ -15,6 +15,7 @@ import torch
 from tiny_checkpoints import VOCAB
 
 from fedsim.contracts.learning import LocalRequest
+from fedsim.contracts.program import LocalProgram, Objective, Phase
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.plan import ChunkPlan
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
@@ -136,6 +137,14 @@ def toy(folder: str, pooling: str = "native", dtype: torch.dtype = torch.float64
     return Toy(backbone, pooling, targets, dtype, toy_data())
 
 
+def local_program(
+    steps: int = 3, recovery: int = 1, rate: float = 1e-2, cuts: bool = False, objective: Objective | None = None
+) -> LocalProgram:
+    """Steps that estimate importance, perhaps a cut, and recovery."""
+    first = Phase(steps - recovery, rate, estimate=True)
+    return LocalProgram((first, Phase(recovery, rate, estimate=True, cut_before=cuts)), objective)
+
+
 def job(
     adapter: Adapter,
     start: Structure,
@@ -145,7 +154,7 @@ def job(
     scores: GroupScores | None = None,
     guide: GroupScores | None = None,
     mask: Structure | None = None,
-    round_index: int = 0,
+    flight: int = 0,
     prune: bool | None = None,
     steps: int = 3,
     recovery: int = 1,
@@ -153,7 +162,7 @@ def job(
 ) -> Job:
     """One local job; prunes where it has a ratio, unless told."""
     will_prune = ratio > 0.0 if prune is None else prune
-    request = LocalRequest(client, round_index, ratio, will_prune, rank, steps, recovery, rate)
+    request = LocalRequest(client, flight, flight, ratio, rank, local_program(steps, recovery, rate, will_prune))
     return Job(request, adapter, start, scores, guide, mask)
 
 

@@ -10,6 +10,7 @@ import torch
 from cohort_toys import CLIENTS, assert_same_updates, job, rule, toy
 from tiny_checkpoints import ARCHITECTURES
 
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.families.family_catalogue import find_family
 from fedsim.learn.model.adapter import initial_adapter, restrict
 from fedsim.learn.model.linears import Role, group_width, prunable_linears
@@ -122,7 +123,8 @@ def test_a_round_that_estimates_nothing_leaves_the_averages(tiny_folders):
     own = toy(str(tiny_folders["bert"]))
     known = random_scores(own.backbone.shape, 9, 0)
     one = job(own.adapter(), Structure.full(own.backbone.shape), 0, scores=known)
-    quiet = dataclasses.replace(one, request=dataclasses.replace(one.request, estimate=False))
+    program = LocalProgram((Phase(3, 1e-2, estimate=False),))
+    quiet = dataclasses.replace(one, request=dataclasses.replace(one.request, program=program))
     for trainer in (own.reference(RULE), own.cohort(RULE, True)):
         (update,) = trainer.train([quiet])
         assert update.scores is None or np.array_equal(update.scores.heads, known.heads)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from cohort_toys import BATCH, CLIENTS, SAMPLES, Toy, assert_same_updates, job, rule, toy
+from cohort_toys import BATCH, CLIENTS, SAMPLES, Toy, assert_same_updates, job, local_program, rule, toy
 from tiny_checkpoints import ARCHITECTURES
 
 from fedsim.learn.cohort.pack import pack
@@ -172,9 +172,14 @@ def test_jobs_that_do_not_go_together_are_told_apart(bert, sliced):
     """One call with several state versions, rates, numbers of steps and cuts; no jobs at all is fine too."""
     other = bert.adapter(seed=2)
     jobs = mixed_jobs(bert)[1:5] + [dataclasses.replace(one, adapter=other) for one in mixed_jobs(bert)[1:3]]
-    changes = [{}, {"learning_rate": 1e-3}, {"local_steps": 5}, {"recovery_steps": 0}, {}, {"prune": False}]
+    changes = [{}, {"rate": 1e-3}, {"steps": 5}, {"recovery": 0}, {}, {"cuts": False}]
     jobs = [
-        dataclasses.replace(one, request=dataclasses.replace(one.request, **change))
+        dataclasses.replace(
+            one,
+            request=dataclasses.replace(
+                one.request, program=local_program(**{"cuts": one.request.program.cuts} | change)
+            ),
+        )
         for one, change in zip(jobs, changes, strict=True)
     ]
     trainer = bert.cohort(rule(), sliced)

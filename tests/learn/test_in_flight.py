@@ -13,9 +13,12 @@ from test_learner import make_learner, request, states_equal, submit
 from test_learner_fleet import make_learner as make_stand_in
 
 from fedsim.contracts.learning import LocalRequests
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.cost.shapes import load_shape
 from fedsim.learn.standins.timing_only import TimingLearner
 from fedsim.structure import Structure
+
+PLAIN = LocalProgram((Phase(4, 1e-2, estimate=True),))
 
 
 def copied(state):
@@ -90,7 +93,7 @@ def test_tickets_go_on_after_a_resume(tiny_folders):
 
 def test_what_was_given_up_before_a_resume_is_never_trained():
     learner = make_stand_in()
-    requests = LocalRequests(0, np.arange(3), np.zeros(3), np.full(3, 2), False, 4, 1, 1e-2)
+    requests = LocalRequests(np.arange(3), np.zeros(3, dtype=int), 0, np.zeros(3), np.full(3, 2), PLAIN)
     tickets = learner.submit(requests)
     learner.discard(tickets[1:2])
     again = make_stand_in()
@@ -118,9 +121,9 @@ def test_two_flights_of_version_0_merged_in_turn_both_count(tiny_folders):
 
 def test_an_older_version_is_held_as_long_as_a_flight_needs_it():
     learner = make_stand_in()
-    columns = [np.zeros(1), np.full(1, 2), False, 4, 1, 1e-2]
+    columns = [np.zeros(1, dtype=int), 0, np.zeros(1), np.full(1, 2), PLAIN]
     old = weakref.ref(learner.adapter)
-    slow, fast = (learner.submit(LocalRequests(0, np.array([client]), *columns)) for client in (0, 1))
+    slow, fast = (learner.submit(LocalRequests(np.array([client]), *columns)) for client in (0, 1))
     learner.aggregate(learner.result(fast))
     gc.collect()
     learner._parts.engine.trainer.jobs.clear()
@@ -134,7 +137,8 @@ def test_an_older_version_is_held_as_long_as_a_flight_needs_it():
 def test_the_timing_learner_keeps_what_waits():
     shape = load_shape("roberta-base")
     one, other = TimingLearner(shape), TimingLearner(shape)
-    requests = LocalRequests(3, np.array([4, 9]), np.array([0.2, 0.5]), np.array([2, 8]), True, 4, 1, 1e-2)
+    program = LocalProgram((Phase(3, 1e-2), Phase(1, 1e-2, cut_before=True)))
+    requests = LocalRequests(np.array([4, 9]), np.array([1, 2]), 3, np.array([0.2, 0.5]), np.array([2, 8]), program)
     tickets = one.submit(requests)
     more = one.submit(requests)
     one.discard(tickets[:1])

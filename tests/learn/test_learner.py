@@ -11,6 +11,7 @@ import torch
 
 from fedsim.contracts.common import Outcome
 from fedsim.contracts.learning import LocalRequest, LocalRequests, LocalResults
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.data.labelled import Corpus, LabelledText
 from fedsim.errors import ConfigError
 from fedsim.learn.assemble import build_learner, torch_device
@@ -46,7 +47,8 @@ def make_learner(folder, tree=None, method="fedspine"):
 
 
 def request(client, round_index=0, ratio=0.0, rank=2, rate=1e-2, recovery=1):
-    return LocalRequest(client, round_index, ratio, ratio > 0, rank, 4, recovery, rate)
+    phases = (Phase(4 - recovery, rate, estimate=True), Phase(recovery, rate, estimate=True, cut_before=ratio > 0))
+    return LocalRequest(client, round_index, round_index, ratio, rank, LocalProgram(phases))
 
 
 def submit(learner, *requests):
@@ -54,14 +56,12 @@ def submit(learner, *requests):
     tickets = []
     for one in requests:
         columns = LocalRequests(
-            round_index=one.round_index,
             clients=np.array([one.client]),
-            ratio_target=np.array([one.ratio_target]),
+            flight=np.array([one.flight]),
+            version=one.version,
+            ratio_asked=np.array([one.ratio_asked]),
             rank=np.array([one.rank]),
-            prune=one.prune,
-            local_steps=one.local_steps,
-            recovery_steps=one.recovery_steps,
-            learning_rate=one.learning_rate,
+            program=one.program,
         )
         assert columns.singles() == [one]
         tickets.append(learner.submit(columns))

@@ -10,6 +10,7 @@ import torch
 
 from fedsim.contracts.common import Outcome
 from fedsim.contracts.learning import LocalRequests
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.learn import store as store_module
 from fedsim.learn import structures_plan as plan_module
 from fedsim.learn.learner import LearnerParts, LoraLearner
@@ -34,9 +35,11 @@ class StandIn:
         return [self._update(job) for job in jobs]
 
     def _update(self, job):
-        draw = np.random.default_rng([job.request.client, job.request.round_index])
+        draw = np.random.default_rng([job.request.client, job.request.flight])
         scores = GroupScores(draw.random((1, 4)), draw.random((1, 12)))
-        structure = target_structure(job, job.start, scores, SHAPE, "layer_local") if job.request.prune else job.start
+        structure = (
+            target_structure(job, job.start, scores, SHAPE, "layer_local") if job.request.program.cuts else job.start
+        )
         factors = {}
         for linear in prunable_linears(SHAPE):
             rows, columns = kept_rows(linear, structure, SHAPE), kept_columns(linear, structure, SHAPE)
@@ -64,14 +67,12 @@ def play(learner, clients, round_index=0, ratio=0.0):
         learner.result(
             learner.submit(
                 LocalRequests(
-                    round_index=round_index,
                     clients=clients,
-                    ratio_target=np.full(len(clients), ratio),
+                    flight=np.full(len(clients), round_index),
+                    version=round_index,
+                    ratio_asked=np.full(len(clients), ratio),
                     rank=np.full(len(clients), 2),
-                    prune=ratio > 0,
-                    local_steps=1,
-                    recovery_steps=0,
-                    learning_rate=1e-3,
+                    program=LocalProgram((Phase(1, 1e-3, estimate=True), Phase(0, 1e-3, cut_before=ratio > 0))),
                 )
             )
         )

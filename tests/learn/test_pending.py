@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 from fedsim.contracts.common import Outcome
 from fedsim.contracts.learning import LocalRequests
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.cost.shapes import load_shape
 from fedsim.learn.standins.pending import PendingJobs
 from fedsim.learn.standins.timing_only import TimingLearner
 from fedsim.structure import achieved_ratio, kept_counts
 
 
-def requests(clients, round_index=0):
+def requests(clients, version=0):
     clients = np.asarray(clients, dtype=np.int64)
-    return LocalRequests(round_index, clients, clients / 100.0, clients % 5 + 1, round_index > 1, 4, 1, 1e-3)
+    program = LocalProgram((Phase(4, 1e-3),))
+    return LocalRequests(clients, clients % 3, version, clients / 100.0, clients % 5 + 1, program)
 
 
 @settings(max_examples=100, deadline=None)
@@ -35,9 +37,9 @@ def test_against_a_dictionary(data):
         rows = pending.take(np.array(chosen, dtype=np.int64))
         expected = [known.pop(ticket) for ticket in chosen]
         assert rows.clients.tolist() == [one.client for one in expected]
-        assert rows.ratio_target.tolist() == [one.ratio_target for one in expected]
-        assert rows.round_index.tolist() == [one.round_index for one in expected]
-        assert rows.prune.tolist() == [one.prune for one in expected]
+        assert rows.ratio_asked.tolist() == [one.ratio_asked for one in expected]
+        assert rows.flight.tolist() == [one.flight for one in expected]
+        assert rows.version.tolist() == [one.version for one in expected]
         assert rows.rank.tolist() == [one.rank for one in expected]
         assert len(pending) == len(known)
 

@@ -80,18 +80,16 @@ def make(tree=None, clients=6, learner=None):
     }
     config = build_config(base, tree or {})
     method = method_named(config.method)
-    job = JobSetting(
-        local_steps=4,
-        recovery_steps=1,
-        importance_every=1,
-        step=StepSetting(batch_size=8, seq_len=64, precision="fp32", tuning="lora", train_top_layers=None),
-        prunes=method.prunes,
-    )
-    ask = ShapeAsk(SHAPE, SHAPE, job, (2, 4, 8))
+    step = StepSetting(batch_size=8, seq_len=64, precision="fp32", tuning="lora", train_top_layers=None)
+
+    def ask_of(program):
+        return ShapeAsk(SHAPE, SHAPE, JobSetting.of(program, step, 1, sends_scores=method.prunes), (2, 4, 8))
+
+    ask = ask_of(method.local_program(2, config))
     learner = learner or ToyLearner()
     policy = make_policy(PolicyInputs(config.control, clients=clients, ask=ask, seed=0, fixed_rank=8))
     parts = Parts(
-        config, method, learner, policy, RewardModel(config.reward, clients), ask, clients, clients, np.array([0, 3])
+        config, method, learner, policy, RewardModel(config.reward, clients), ask_of, clients, clients, np.array([0, 3])
     )
     return Federation(parts), learner
 
@@ -132,8 +130,8 @@ def test_nothing_is_pruned_in_warm_up_and_the_target_is_met_after_the_final_cut(
     targets = np.array([plan.ratio_asked.mean() for plan, _ in learned])
     assert (targets[:2] == 0).all()
     assert (np.diff(targets) >= 0).all()
-    assert not any(request.prune for request in learner.trained if request.round_index < 2)
-    assert all(request.prune for request in learner.trained if request.round_index >= 2)
+    assert not any(request.program.cuts for request in learner.trained if request.version < 2)
+    assert all(request.program.cuts for request in learner.trained if request.version >= 2)
     assert len(learner.cuts) == 1
     assert federation.final_sparsity().mean == pytest.approx(0.5, abs=1e-3)
 
@@ -189,7 +187,7 @@ def test_a_round_from_which_nothing_arrived_changes_nothing():
 def test_an_unpruned_method_never_asks_for_pruning():
     federation, learner = make({"method": "fedlora"})
     play(federation, range(10))
-    assert not any(request.prune for request in learner.trained)
+    assert not any(request.program.cuts for request in learner.trained)
     assert not learner.cuts
     assert federation.final_sparsity().mean == 0
 
@@ -207,7 +205,7 @@ def test_fleet_mean_ends_at_the_target_for_every_controller(method):
 def test_the_learning_rate_falls_linearly():
     federation, learner = make()
     play(federation, range(10))
-    rates = {request.round_index: request.learning_rate for request in learner.trained}
+    rates = {request.version: request.program.phases[0].rate for request in learner.trained}
     assert rates[0] == pytest.approx(1e-3)
     assert rates[5] == pytest.approx(0.5e-3)
     assert rates[9] == pytest.approx(0.1e-3)
@@ -231,7 +229,8 @@ def test_global_selection_counts_the_groups_that_were_really_kept():
     federation, learner = make({"prune": {"selection": "global"}, "method": "fedspine_uniform"})
     plan = federation.dispatch(np.arange(6), 4, 0.0)
     assert len(learner.trained) == 6  # trained at dispatch
-    expected = federation._parts.ask.work(plan.ratio_before, plan.ratio_asked, plan.rank)
+    ask = federation.round_ask(4, plan.clients)
+    expected = ask.work(plan.ratio_before, plan.ratio_asked, plan.rank)
     np.testing.assert_allclose(plan.work.upload_bytes, expected.upload_bytes)  # the toy's layers are alike
     outcomes = [Outcome.LATE] + [Outcome.OK] * 5
     learned = federation.merge(report(plan, outcomes))

@@ -30,7 +30,7 @@ class StoppedError(Exception):
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(method, tmp_path, monkeypatch):
     options = {**OVERRIDES, "method": method}
     if method == "hetlora":
-        options["train.rank_penalty"] = 20.0  # so that ranks are given up before the stop
+        options["method_options.rank_penalty"] = 20.0  # so that ranks are given up before the stop
     whole = fedsim.run("quickstart", out=tmp_path / "whole", quiet=True, **options)
     real = Federation.dispatch
 

@@ -9,6 +9,7 @@ import pytest
 from test_federation import SHAPE, ToyLearner, make, play, report
 
 from fedsim.contracts.common import Outcome
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.control.policies import PolicyInputs, make_policy
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.workload import StepSetting
@@ -17,32 +18,27 @@ from fedsim.federation.broadcast import AdapterBroadcast, StackBroadcast, broadc
 from fedsim.runner.config import build_config
 
 
-def quiet_ask():
+def priced(estimates, trains=True):
+    """What four steps cost, of which one follows a cut that does not come."""
     step = StepSetting(batch_size=8, seq_len=64, precision="fp32", tuning="lora", train_top_layers=None)
-    return ShapeAsk(SHAPE, SHAPE, JobSetting(4, 1, None, step, prunes=False), (2, 4, 8))
-
-
-def one_shot(method, tree=None):
-    federation, learner = make({"method": method, **(tree or {})})
-    parts = replace(federation._parts, quiet_ask=quiet_ask())
-    return type(federation)(parts), learner
+    program = LocalProgram(tuple(Phase(steps, 0.1, estimates, trains=trains) for steps in (3, 1)))
+    return ShapeAsk(SHAPE, SHAPE, JobSetting.of(program, step, 1, sends_scores=True), (2, 4, 8))
 
 
 def test_prune_then_tune_cuts_after_a_pass_that_learns_nothing():
-    federation, learner = one_shot("prune_then_tune")
+    federation, learner = make({"method": "prune_then_tune"})
     learned = play(federation, range(10))
-    by_round = {request.round_index: request for request in learner.trained}
-    assert by_round[0].learning_rate == 0.0
-    assert by_round[0].estimate
-    assert all(by_round[index].learning_rate > 0.0 and not by_round[index].estimate for index in range(1, 10))
-    assert not any(request.prune for request in learner.trained)
+    by_round = {request.version: request.program for request in learner.trained}
+    assert by_round[0].dose == 0.0
+    assert by_round[0].estimates
+    assert all(by_round[index].dose > 0.0 and not by_round[index].estimates for index in range(1, 10))
+    assert not any(program.cuts for program in by_round.values())
     assert [targets.tolist() for targets in learner.cuts] == [[0.5] * 6] * 2  # after the pass; the last changes nothing
     assert all((plan.ratio_before == 0.5).all() and (plan.ratio_asked == 0.5).all() for plan, _ in learned[1:])
     # What a round costs: scores and estimates in the pass alone.
-    ask = federation._parts.ask
-    for index, priced in ((0, ask), (1, federation._parts.quiet_ask)):
+    for index, ask in ((0, priced(estimates=True, trains=False)), (1, priced(estimates=False))):
         plan = learned[index][0]
-        expected = priced.work(plan.ratio_before, plan.ratio_asked, plan.rank)
+        expected = ask.work(plan.ratio_before, plan.ratio_asked, plan.rank)
         for name in ("flops", "upload_bytes", "peak_memory_bytes"):
             np.testing.assert_array_equal(getattr(plan.work, name), getattr(expected, name))
     assert (learned[0][0].work.upload_bytes > learned[1][0].work.upload_bytes).all()
@@ -50,20 +46,20 @@ def test_prune_then_tune_cuts_after_a_pass_that_learns_nothing():
 
 @pytest.mark.parametrize("recovery", [0, 3])
 def test_tune_then_prune_cuts_before_its_recovery_rounds(recovery):
-    federation, learner = one_shot("tune_then_prune", {"prune.recovery_rounds": recovery})
+    federation, learner = make({"method": "tune_then_prune", "prune.recovery_rounds": recovery})
     learned = play(federation, range(10))
     cut = 9 - recovery
     assert [float(plan.ratio_asked.max()) for plan, _ in learned] == [0.0] * (cut + 1) + [0.5] * recovery
     assert (learned[cut][1].ratio > 0.45).all()  # achieved after the cut
-    estimates = {request.round_index: request.estimate for request in learner.trained}
+    estimates = {request.version: request.program.estimates for request in learner.trained}
     assert [index for index in range(10) if estimates[index]] == list(range(cut + 1))
-    assert all(request.learning_rate > 0 for request in learner.trained)
+    assert all(request.program.dose > 0 for request in learner.trained)
     assert learner.panels[-1][1] == pytest.approx(0.5)  # the final accuracy is that after the cut
     assert federation.final_sparsity().mean == pytest.approx(0.5, abs=1e-3)
 
 
 def test_a_run_out_of_time_is_cut_before_its_cut_round():
-    federation, learner = one_shot("tune_then_prune", {"server.time_budget_s": 30.0})
+    federation, learner = make({"method": "tune_then_prune", "server.time_budget_s": 30.0})
     federation.dispatch(np.arange(6), 0, 20.0)
     plan = federation.dispatch(np.arange(6), 0, 20.0)
     federation.merge(report(plan, start_s=20.0))
@@ -84,8 +80,11 @@ def test_recovery_must_leave_a_round():
 
 
 def test_self_pruning_needs_a_rule_for_unequal_ranks():
-    with pytest.raises(ConfigError, match=r"train\.rank_decay: value 0\.9 .* average_factors"):
-        build_config({"method": "fedlora", "train": {"rank_decay": 0.9}})
+    with pytest.raises(ConfigError, match=r"method_options\.rank_decay: value 0\.9 .* average_factors"):
+        build_config(
+            {"method": "hetlora", "method_options": {"rank_decay": 0.9}},
+            {"aggregate.rule": "average_factors", "control.policy": "uniform"},
+        )
 
 
 class GivingUp(ToyLearner):
@@ -139,7 +138,7 @@ def test_the_clock_counts_the_stack_and_only_its_download_grows():
     federation, _ = make(tree)
     outcomes = [Outcome.LATE] + [Outcome.OK] * 5
     plans = [plan for plan, _ in play(federation, range(3), outcomes=outcomes)]
-    ask = federation._parts.ask
+    ask = federation._parts.ask_of(federation._parts.method.local_program(0, federation._parts.config))
     zeros = np.zeros(6)
     own = ask.work(zeros, zeros, plans[0].rank)
     for plan, received in zip(plans, ([0] * 6, [40] * 6, [80] + [40] * 5), strict=True):
@@ -156,5 +155,5 @@ def test_the_clock_counts_the_stack_and_only_its_download_grows():
 def test_policies_that_are_not_given_what_they_need_say_so():
     config = build_config({"method": "hetlora"})
     with pytest.raises(ConfigError, match="'static_rank' needs the devices' classes"):
-        make_policy(PolicyInputs(config.control, clients=3, ask=quiet_ask(), seed=0, fixed_rank=4))
+        make_policy(PolicyInputs(config.control, clients=3, ask=priced(estimates=False), seed=0, fixed_rank=4))
     assert PolicyInputs.__dataclass_fields__["speed_class"].default is None

@@ -42,5 +42,5 @@ def test_jobs_are_submitted_at_that_rate(method):
     federation, learner = make({"method": method})
     play(federation, range(4))
     parts = federation.parts
-    rates = {request.round_index: request.learning_rate for request in learner.trained}
+    rates = {request.version: request.program.rate for request in learner.trained}
     assert rates == {index: learning_rate(parts.method, parts.config, index) for index in range(4)}

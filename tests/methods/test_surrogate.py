@@ -14,6 +14,7 @@ from made_up_surrogate import TREE, made_up_model
 
 from fedsim.contracts.common import Outcome
 from fedsim.contracts.learning import LocalRequests
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.cost.shapes import load_shape
 from fedsim.errors import ConfigError
 from fedsim.learn.standins.surrogate import SurrogateLearner
@@ -29,14 +30,12 @@ ARRAYS = ("clients", "ratio", "loss_before", "loss_after", "lora_importance", "o
 def requests(round_index, clients, ratio=0.3, rank=8, rate=5e-3):
     clients = np.asarray(clients)
     return LocalRequests(
-        round_index=round_index,
         clients=clients,
-        ratio_target=np.broadcast_to(np.asarray(ratio, dtype=float), clients.shape).copy(),
+        flight=np.full(len(clients), round_index),
+        version=round_index,
+        ratio_asked=np.broadcast_to(np.asarray(ratio, dtype=float), clients.shape).copy(),
         rank=np.broadcast_to(rank, clients.shape).astype(np.int64),
-        prune=True,
-        local_steps=5,
-        recovery_steps=1,
-        learning_rate=rate,
+        program=LocalProgram((Phase(4, rate, estimate=True), Phase(1, rate, cut_before=True))),
     )
 
 

@@ -25,7 +25,7 @@ from fedsim.learn.train.jobs import TrainRule
 from fedsim.runner.config import build_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "learn"))
-from cohort_toys import CLIENTS, LABELS, toy_data, toy_text
+from cohort_toys import CLIENTS, LABELS, local_program, toy_data, toy_text
 from tiny_checkpoints import ARCHITECTURES, save_tiny
 
 ROUNDS = 10
@@ -137,14 +137,14 @@ def plan(config, round_index):
     prunes = config.method != "fedlora" and round_index >= 2
     ranks = {"average_factors": (2,), "lowrank": (1, 2, 4, 6)}[config.aggregate.rule]
     return LocalRequests(
-        round_index=round_index,
         clients=clients,
-        ratio_target=np.where(prunes, np.minimum(0.6, 0.07 * round_index + 0.1 * (clients % 3)), 0.0),
+        flight=np.full(len(clients), round_index),
+        version=round_index,
+        ratio_asked=np.where(prunes, np.minimum(0.6, 0.07 * round_index + 0.1 * (clients % 3)), 0.0),
         rank=draw.choice(ranks, 3),
-        prune=prunes,
-        local_steps=3,
-        recovery_steps=1 if config.train.recovery_steps is None else config.train.recovery_steps,
-        learning_rate=5e-3,
+        program=local_program(
+            recovery=1 if config.train.recovery_steps is None else config.train.recovery_steps, rate=5e-3, cuts=prunes
+        ),
     )
 
 

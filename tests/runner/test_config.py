@@ -223,3 +223,38 @@ def test_only_a_method_of_that_name_can_be_registered():
         register_method("wrong", "a string")
     with pytest.raises(ConfigError, match="whose name is 'other'"):
         register_method("other", Method("mine", "a test", (), prunes=False, defaults={}))
+
+
+def test_a_method_s_options_are_checked_and_written_out():
+    assert build_config({"method": "fedlora"}).method_options == {}
+    assert build_config({"method": "hetlora"}).method_options == {"rank_decay": 0.99, "rank_penalty": 0.005}
+    own = build_config({"method": "hetlora"}, {"method_options.rank_decay": 0.5})
+    assert own.method_options == {"rank_decay": 0.5, "rank_penalty": 0.005}
+    assert build_config(own.model_dump(mode="json")) == own
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        (
+            {"method_options": {"rank_decai": 1}},
+            r"'method_options\.rank_decai'; did you mean 'rank_decay'\?",
+        ),
+        ({"method_options": {"rank_decay": 2}}, r"method_options\.rank_decay: value 2 is not allowed"),
+        ({"method_options": 3}, r"method_options: value 3 is not allowed"),
+        ({"method": "fedlora", "method_options": {"rank_decay": 0.5}}, r"unknown key 'method_options\.rank_decay'"),
+        ({"method": "fedlora", "train": {"rank_decay": 0.5}}, r"unknown key 'train\.rank_decay'"),
+    ],
+)
+def test_options_that_the_method_has_not_are_named(tree, said):
+    with pytest.raises(ConfigError, match=said):
+        build_config({"method": "hetlora", **tree})
+
+
+def test_keys_of_earlier_versions_are_read():
+    before = {"method": "hetlora", "train": {"rank_decay": 0.9, "rank_penalty": 0.1, "local_steps": 7}}
+    config = build_config(before)
+    assert config.method_options == {"rank_decay": 0.9, "rank_penalty": 0.1}
+    assert config.train.local_steps == 7
+    assert before["train"]["rank_decay"] == 0.9
+    assert build_config({"method": "fedlora", "train": {"rank_decay": 1.0, "rank_penalty": 0.0}}).method_options == {}

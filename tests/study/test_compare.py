@@ -14,8 +14,8 @@ from made_up import config_of, write_run
 
 from fedsim.cli import main
 from fedsim.errors import ConfigError, RunError
-from fedsim.methods.catalogue import METHODS
 from fedsim.records.reader import Run, find_runs, load
+from fedsim.runner.config import build_config
 from fedsim.settings import Config
 from fedsim.study.belonging import group_runs
 from fedsim.study.bootstrap import mean_interval, ratio_interval
@@ -415,15 +415,33 @@ def test_equal_data_under_another_path_belongs_together():
 
 
 def test_a_method_s_own_settings_are_no_difference_but_other_values_of_them_are():
-    def runs(**own):
+    def runs(*decays):
+        options = [{"method_options": {"rank_decay": decay, "rank_penalty": 0.005}} for decay in decays]
         return [
-            hand_run("fedlora", 0, [10], [0.9], config={"train": {"rank_decay": 1.0}}),
-            hand_run("hetlora", 0, [10], [0.9], config={"train": {"rank_decay": 0.99, **own}}),
+            hand_run("fedlora", 0, [10], [0.9]),
+            *(hand_run("hetlora", 0, [10], [0.9], config={"method": "hetlora", **own}) for own in options),
         ]
 
-    assert METHODS["hetlora"].defaults["train.rank_decay"] == 0.99
-    assert list(compare(runs()).warnings) == []
-    assert list(compare(runs(rank_decay=0.5)).warnings) == ["the runs differ in train.rank_decay"]
+    assert list(compare(runs(0.99)).warnings) == []
+    both = compare(runs(0.99, 0.5))
+    assert list(both.warnings) == []
+    assert {"hetlora (method_options.rank_decay=0.99)", "hetlora (method_options.rank_decay=0.5)"} <= set(
+        both.rows["method"]
+    )
+
+
+def test_a_run_from_before_methods_had_options_is_a_repeat_of_one_since():
+    now = build_config({"method": "hetlora"}).model_dump(mode="json")
+    before = {key: value for key, value in now.items() if key != "method_options"}
+    before["train"] = now["train"] | {"rank_decay": 0.99, "rank_penalty": 0.005}
+    runs = [hand_run("hetlora", seed, [10], [0.9], config=own) for seed, own in enumerate((now, before))]
+    plain = build_config({"method": "fedlora"}).model_dump(mode="json")
+    old = {key: value for key, value in plain.items() if key != "method_options"}
+    old["train"] = plain["train"] | {"rank_decay": 1.0, "rank_penalty": 0.0}
+    runs += [hand_run("fedlora", seed, [10], [0.9], config=own) for seed, own in enumerate((plain, old))]
+    table = compare(runs).rows
+    assert sorted(table["method"]) == ["fedlora", "hetlora"]
+    assert set(table["runs"]) == {2}
 
 
 def test_runs_of_several_commits_are_warned_of():

@@ -16,7 +16,7 @@ from fedsim.errors import RunError
 from fedsim.fleet.fleet import load_fleet
 from fedsim.methods.catalogue import METHODS as KNOWN
 from fedsim.methods.catalogue import method_named
-from fedsim.runner.build import build_ask
+from fedsim.runner.build import priced
 from fedsim.runner.config import build_config
 from fedsim.study.regret import _of_some, regret
 
@@ -125,9 +125,9 @@ def test_the_oracles_rounds_by_brute_force(calm, method):
     sent, received = 0, dict.fromkeys(range(16), 0)
     quiet = 0
     for index, arms in regret(run).arms.groupby("round"):
-        estimates = kind.estimates(index, config)
-        quiet += not estimates
-        ask = build_ask(config, kind, shape, shape, estimates=estimates)
+        program = kind.local_program(index, config)
+        quiet += kind.prunes and not program.estimates
+        ask = priced(config, kind, shape, shape)(program)
         times_s = {}
         for client, ratio in zip(arms["client"], arms["oracle_ratio"], strict=True):
             for rank in ask.ranks.tolist():

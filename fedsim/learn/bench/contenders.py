@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from fedsim.contracts.learning import LocalRequest
+from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.errors import ConfigError
 from fedsim.learn.assemble import torch_device
 from fedsim.learn.bench.case import EngineCase
@@ -198,13 +199,11 @@ class EngineBench:
         case = self.case
         request = LocalRequest(
             client=0,
-            round_index=0,
-            ratio_target=ratio,
-            prune=False,
+            flight=0,
+            version=0,
+            ratio_asked=ratio,
             rank=case.rank,
-            local_steps=steps or case.local_steps,
-            recovery_steps=0,
-            learning_rate=_LEARNING_RATE,
+            program=LocalProgram((Phase(steps or case.local_steps, _LEARNING_RATE, estimate=True),)),
         )
         return [
             Job(replace(request, client=client), self._start, self._structure(client, ratio), None, None)

@@ -20,26 +20,18 @@ _LOG = logging.getLogger(__name__)
 
 
 def cohorts(jobs: Sequence[Job]) -> list[list[int]]:
-    """Places of the jobs that run alike (same steps and rate), those of like structure beside each other.
+    """Places of the jobs that run alike (same program), those of like structure beside each other.
 
     Jobs of several versions of the global adapter go together, unless updates were merged into their frozen weights.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for place, job in enumerate(jobs):
-        request = job.request
-        key = (
-            base_key(job.adapter),
-            request.local_steps,
-            request.recovery_steps,
-            request.learning_rate,
-            request.prune,
-            request.estimate,
-        )
+        key = (base_key(job.adapter), job.request.program)
         alike.setdefault(key, []).append(place)
 
     def size(place: int) -> tuple[int, int, float]:
         job = jobs[place]
-        return int(job.start.channels_kept.sum()), int(job.start.heads_kept.sum()), -job.request.ratio_target
+        return int(job.start.channels_kept.sum()), int(job.start.heads_kept.sum()), -job.request.ratio_asked
 
     return [sorted(places, key=size, reverse=True) for places in alike.values()]
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fedsim.contracts.program import Trained
 from fedsim.learn.cohort.axes import Widths
 from fedsim.learn.cohort.kernels import Frozen, StackedFactors
 from fedsim.learn.model.adapter import Adapter, extra_rows
@@ -49,7 +50,7 @@ class Member:
     Attributes:
         adapter: the global adapter that it starts from, full widths; of any version, as each member may have its own.
         rank: LoRA rank, any.
-        key: (seed, client, round) of the random rows beyond the adapter's rank.
+        key: (seed, client, flight) of the random rows beyond the adapter's rank.
     """
 
     adapter: Adapter
@@ -84,6 +85,7 @@ class CohortStack:
         if any(base_key(adapter) != base_key(members[0].adapter) for adapter, _ in places):
             raise ValueError("members of one cohort share their frozen weights, and with them all merged updates")
         self.base = base
+        self._targets = {linear.name: linear for linear in base.targets}
         self.watched: dict[str, torch.Tensor] | None = None
         self._full = {
             name: (with_merged(weight, merged.get(name)), bias) for name, (weight, bias) in base.frozen.items()
@@ -95,10 +97,7 @@ class CohortStack:
         self.factors: dict[str, StackedFactors] = {
             linear.name: self._first_factors(places, linear) for linear in base.targets
         }
-        self.head = {
-            name: torch.stack([member.adapter.head[name].to(base.dtype) for member in members])
-            for name in base.backbone.head_names
-        }
+        self.head = self._first_head()
         self._refresh()
 
     @property
@@ -121,17 +120,15 @@ class CohortStack:
         """``(C, 1, features)``: 1 where a client keeps an input of this column-pruned Linear; None where all stay."""
         return self._masks.get(linear.name)
 
-    def own_factors(self) -> list[StackedFactors]:
-        """The factors of every target, with zeros where a mask hides the feature."""
-        pairs = []
-        for linear in self.base.targets:
-            a, b = self.factors[linear.name]
-            masks = self._group_masks(linear)
-            if not self.base.sliced and not masks.all():
-                kept = torch.from_numpy(self._feature_masks(linear)).to(a).unsqueeze(1)
-                a, b = (a * kept, b) if linear.role in COLUMN_PRUNED else (a, b * kept)
-            pairs.append((a, b))
-        return pairs
+    def now(self) -> Trained:
+        """What is trained, as objectives read it: zeros where a mask hides the feature."""
+        return Trained({name: self._shown(name, pair) for name, pair in self.factors.items()}, self.head)
+
+    def at_start(self) -> Trained:
+        """The same as the stack was made, at the present widths."""
+        places = _by_adapter(self.members)
+        pairs = {linear.name: self._first_factors(places, linear) for linear in self.base.targets}
+        return Trained({name: self._shown(name, pair) for name, pair in pairs.items()}, self._first_head())
 
     def require_grad(self) -> None:
         """Make leaves of the trained tensors."""
@@ -205,6 +202,21 @@ class CohortStack:
 
     def _widths(self, structures: Sequence[Structure]) -> Widths:
         return Widths.of(self.base.backbone.shape, structures, self.base.sliced, self.base.backbone.device)
+
+    def _shown(self, name: str, pair: StackedFactors) -> StackedFactors:
+        """Factors of one target with zeros where a mask hides the feature."""
+        linear = self._targets[name]
+        if self.base.sliced or self._group_masks(linear).all():
+            return pair
+        a, b = pair
+        kept = torch.from_numpy(self._feature_masks(linear)).to(a).unsqueeze(1)
+        return (a * kept, b) if linear.role in COLUMN_PRUNED else (a, b * kept)
+
+    def _first_head(self) -> dict[str, torch.Tensor]:
+        return {
+            name: torch.stack([member.adapter.head[name].to(self.base.dtype) for member in self.members])
+            for name in self.base.backbone.head_names
+        }
 
     def _first_factors(self, places: Sequence[tuple[Adapter, list[int]]], linear: PrunableLinear) -> StackedFactors:
         base, highest = self.base, int(self.ranks.max())

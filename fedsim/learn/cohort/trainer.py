@@ -20,8 +20,7 @@ from fedsim.learn.cohort.plan import ChunkPlan, cohorts
 from fedsim.learn.cohort.scores import CohortScores, find_estimate, lora_importance_cohort
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
 from fedsim.learn.train.batches import fixed_samples, sample_stream
-from fedsim.learn.train.jobs import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
-from fedsim.learn.train.self_pruning import tail_norms
+from fedsim.learn.train.jobs import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, set_rate, target_structure
 
 
 class CohortTrainer:
@@ -51,9 +50,9 @@ class CohortTrainer:
         return [updates[place] for place in range(len(jobs))]
 
     def _train_chunk(self, jobs: Sequence[Job]) -> list[Update]:
-        model, rule, request = self._model, self._rule, jobs[0].request
+        rule, program = self._rule, jobs[0].request.program
         members = [
-            Member(job.adapter, job.start, job.request.rank, (rule.seed, job.request.client, job.request.round_index))
+            Member(job.adapter, job.start, job.request.rank, (rule.seed, job.request.client, job.request.flight))
             for job in jobs
         ]
         stack = CohortStack(self._base, members)
@@ -65,55 +64,48 @@ class CohortTrainer:
         )
         loss_before = self._probe(stack, probe)
         stack.require_grad()
-        optimizer = torch.optim.AdamW(stack.trained, lr=request.learning_rate, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(stack.trained, lr=program.phases[0].rate, weight_decay=0.0, fused=True)
+        objective = program.objective
+        start = None if objective is None else stack.at_start()
         structures = [job.start for job in jobs]
         scores = CohortScores.of([job.scores for job in jobs], stack.widths)
-        estimated = False
-        prune_at = request.local_steps - request.recovery_steps
+        estimated, step = False, 0
         finite = torch.ones(len(jobs), dtype=torch.bool, device=self._base.backbone.device)
         importance = torch.full((len(jobs),), float("nan"), dtype=torch.float64)
-
-        def prune() -> None:
-            nonlocal structures
-            structures = [
-                target_structure(
-                    job,
-                    structure,
-                    scores.client(place) if estimated or job.scores is not None else None,
-                    self._base.backbone.shape,
-                    rule.selection,
-                )
-                for place, (job, structure) in enumerate(zip(jobs, structures, strict=True))
-            ]
-            stack.prune(structures, optimizer)
-
-        for step, batch in enumerate(self._batches(jobs, request.local_steps)):
-            if request.prune and step == prune_at:
-                prune()
-            optimizer.zero_grad(set_to_none=True)
-            estimates = request.estimate and (step + 1) % rule.importance_every == 0
-            stack.watched = {} if estimates and rule.criterion is not None and rule.criterion.watches else None
-            losses = model.losses(batch, stack)
-            finite &= losses.detach().isfinite()
-            self._penalised(losses, stack).sum().backward()
-            if self._estimate is not None and estimates:
-                scores = scores.smoothed(self._estimate(stack), steps=rule.importance_every)
-                estimated = True
-            if step == request.local_steps - 1:
-                importance = lora_importance_cohort(stack)
-            optimizer.step()
-        if request.prune and prune_at == request.local_steps:
-            prune()
+        batches = iter(self._batches(jobs, program.steps))
+        for phase in program.phases:
+            if phase.cut_before:
+                own = [
+                    scores.client(place) if estimated or job.scores is not None else None
+                    for place, job in enumerate(jobs)
+                ]
+                structures = [
+                    target_structure(job, structure, score, self._base.backbone.shape, rule.selection)
+                    for job, structure, score in zip(jobs, structures, own, strict=True)
+                ]
+                stack.prune(structures, optimizer)
+                start = None if objective is None else stack.at_start()
+            set_rate(optimizer, phase.rate)
+            for batch in islice(batches, phase.steps):
+                step += 1
+                optimizer.zero_grad(set_to_none=True)
+                estimates = phase.estimate and step % rule.importance_every == 0
+                stack.watched = {} if estimates and rule.criterion is not None and rule.criterion.watches else None
+                losses = self._model.losses(batch, stack)
+                finite &= losses.detach().isfinite()
+                if objective is not None and start is not None:
+                    losses = losses + objective.penalty(stack.now(), start, stack.ranks)
+                losses.sum().backward()
+                if self._estimate is not None and estimates:
+                    scores = scores.smoothed(self._estimate(stack), steps=rule.importance_every)
+                    estimated = True
+                if step == program.steps:
+                    importance = lora_importance_cohort(stack)
+                if phase.trains:
+                    optimizer.step()
         stack.watched = None
         loss_after = self._probe(stack, probe)
         return self._updates(jobs, stack, scores if estimated else None, (loss_before, loss_after, importance, finite))
-
-    def _penalised(self, losses: torch.Tensor, stack: CohortStack) -> torch.Tensor:
-        """The losses, ``(C,)``, with the penalty of rank self-pruning, if any."""
-        rule = self._rule
-        if rule.rank_penalty == 0.0:
-            return losses
-        return losses + rule.rank_penalty * tail_norms(stack.own_factors(), stack.ranks, rule.rank_decay)
 
     def _updates(
         self,
@@ -150,7 +142,7 @@ class CohortTrainer:
                     self._rule.batch_size,
                     self._rule.seed,
                     job.request.client,
-                    job.request.round_index,
+                    job.request.flight,
                 ),
                 steps,
             )

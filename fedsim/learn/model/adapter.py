@@ -82,7 +82,7 @@ def restrict(
     Args:
         adapter: at full widths.
         rank: >= 1, or 0 where the adapter's is 0.
-        key: (seed, client, round) of the new rows' random stream; needed only where `rank` exceeds the adapter's.
+        key: (seed, client, flight) of the new rows' random stream; needed only where `rank` exceeds the adapter's.
     Raises:
         ValueError: a rank out of range, or a key is needed and missing.
     """
@@ -126,15 +126,15 @@ def _with_rows(matrix: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def extra_rows(rows: int, shape: ModelShape, linear: PrunableLinear, key: tuple[int, int, int] | None) -> torch.Tensor:
-    """Rows of A for a rank above the global adapter's, ``(rows, d_in)``: from the client's own stream in that round.
+    """Rows of A for a rank above the global adapter's, ``(rows, d_in)``: from the client's own stream in that flight.
 
     Raises:
         ValueError: there is no key.
     """
     if key is None:
         raise ValueError(f"{rows} rows beyond the adapter's rank are asked for, and there is no key for them")
-    seed, client, round_index = key
-    return _kaiming_rows(rows, linear.d_in, seed, prunable_linears(shape).index(linear), client, round_index)
+    seed, client, flight = key
+    return _kaiming_rows(rows, linear.d_in, seed, prunable_linears(shape).index(linear), client, flight)
 
 
 def _kaiming_rows(rows: int, d_in: int, seed: int, *key: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 
 from fedsim.contracts.common import FloatArray, IntArray, State
 from fedsim.contracts.learning import LocalRequests
@@ -15,12 +14,11 @@ from fedsim.contracts.learning import LocalRequests
 class PendingRows:
     """Jobs of one or more submissions, shape (P,) each. Fields as in `fedsim.contracts.learning.LocalRequests`."""
 
-    round_index: IntArray
     clients: IntArray
-    ratio_target: FloatArray
+    flight: IntArray
+    version: IntArray
+    ratio_asked: FloatArray
     rank: IntArray
-    prune: NDArray[np.bool_]
-    learning_rate: FloatArray
 
 
 class PendingJobs:
@@ -40,12 +38,11 @@ class PendingJobs:
         count = len(requests.clients)
         tickets = np.arange(self._given + 1, self._given + 1 + count, dtype=np.int64)
         columns = {
-            "round_index": np.full(count, requests.round_index, dtype=np.int64),
             "clients": requests.clients,
-            "ratio_target": requests.ratio_target,
+            "flight": requests.flight,
+            "version": np.full(count, requests.version, dtype=np.int64),
+            "ratio_asked": requests.ratio_asked,
             "rank": requests.rank,
-            "prune": np.full(count, requests.prune),
-            "learning_rate": np.full(count, requests.learning_rate, dtype=np.float64),
         }
         self._given += count
         self._make_room(count, columns)

@@ -1,7 +1,7 @@
 """The learner of surrogate runs: losses and accuracies drawn from a model fitted to one real run.
 
 See `fedsim.learn.standins.surrogate_model` for the formulas. Nothing is trained; every output of such a run says so.
-Each draw belongs to a client, or a client and a round: another client's coming or going leaves it as it was.
+Each draw belongs to a client, or a client and a flight: another client's coming or going leaves it as it was.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedsim.state import take
 from fedsim.structure import ModelShape, achieved_ratio, kept_counts
 
 _BEFORE, _AFTER, _IMPORTANCE = 0, 1, 2
-"""Last key of the draws of one client and round."""
+"""Last key of the draws of one flight."""
 
 
 class SurrogateLearner:
@@ -36,13 +36,13 @@ class SurrogateLearner:
         offsets = normals(seed, Stream.SURROGATE_CLIENT, np.arange(clients))
         self._offset = model.noise.client * offsets
         self._pending = PendingJobs()
-        # Progress and dose at dispatch, by round: what a job is frozen against.
+        # Progress and dose at dispatch, by version: what a job is frozen against.
         self._dispatched: dict[int, tuple[float, float]] = {}
 
     def submit(self, requests: LocalRequests) -> IntArray:
         """Freeze the jobs against the present progress."""
-        dose = requests.learning_rate * requests.local_steps / self._model.first_dose
-        self._dispatched[requests.round_index] = (float(self._progress[0]), dose)
+        dose = requests.program.dose / self._model.first_dose
+        self._dispatched[requests.version] = (float(self._progress[0]), dose)
         return self._pending.add(requests)
 
     def result(self, tickets: IntArray) -> LocalResults:
@@ -56,19 +56,19 @@ class SurrogateLearner:
         return self._results(self._pending.read(tickets))
 
     def _results(self, rows: PendingRows) -> LocalResults:
-        rounds, number = np.unique(rows.round_index, return_inverse=True)
-        frozen = np.array([self._dispatched[int(index)] for index in rounds]).reshape(-1, 2)
+        versions, number = np.unique(rows.version, return_inverse=True)
+        frozen = np.array([self._dispatched[int(version)] for version in versions]).reshape(-1, 2)
         progress, dose = frozen[number, 0], frozen[number, 1]
 
         model, clients, count = self._model, rows.clients, len(rows.clients)
-        heads, channels = kept_counts(self._shape, rows.ratio_target)
+        heads, channels = kept_counts(self._shape, rows.ratio_asked)
         kept = tuple(np.broadcast_to(kind[:, None], (count, self._shape.layers)) for kind in (heads, channels))
         ratio = achieved_ratio(self._shape, heads[:, None], channels[:, None])
         ratio_start = np.minimum(self._ratio[clients], ratio)  # groups that come back are there from the start
         contribution = dose * model.contribution.of(rows.rank)
 
         log_before = model.curve.log_loss(progress, ratio_start) + spread(model.curve.learned(progress)) * (
-            self._offset[clients] + model.noise.before * self._draws(rows.round_index, clients, _BEFORE)
+            self._offset[clients] + model.noise.before * self._draws(rows.flight, clients, _BEFORE)
         )
         log_before = np.clip(log_before, *np.log(model.seen.loss_before))
         local = model.local
@@ -76,14 +76,14 @@ class SurrogateLearner:
             model.curve, local.advance, local.least_spread, progress, contribution, log_before, ratio_start, ratio
         )
         change = columns @ np.array([local.level, local.change, local.deviation, local.cut])
-        noise = model.noise.after * width * self._draws(rows.round_index, clients, _AFTER)
+        noise = model.noise.after * width * self._draws(rows.flight, clients, _AFTER)
         log_after = np.clip(log_before + change + noise, *np.log(model.seen.loss_after))
         return LocalResults(
             clients=clients,
             ratio=ratio,
             loss_before=np.exp(log_before),
             loss_after=np.exp(log_after),
-            lora_importance=self._importance(rows.round_index, clients, rows.rank, ratio, log_before),
+            lora_importance=self._importance(rows.flight, clients, rows.rank, ratio, log_before),
             outcome=np.full(count, Outcome.OK, dtype=np.int64),
             kept_before=(kept[0], kept[1]),
             kept_after=(kept[0], kept[1]),
@@ -152,20 +152,20 @@ class SurrogateLearner:
             self._dispatched = dict(zip(state["dispatched"].tolist(), at, strict=True))
 
     def _importance(
-        self, rounds: IntArray, clients: IntArray, rank: IntArray, ratio: FloatArray, log_before: FloatArray
+        self, flight: IntArray, clients: IntArray, rank: IntArray, ratio: FloatArray, log_before: FloatArray
     ) -> FloatArray:
         fitted = self._model.importance
         if fitted is None:
             return np.full(len(clients), np.nan)
         ranks = np.log2(rank / self._model.contribution.rank_reference)
-        noise = fitted.noise * self._draws(rounds, clients, _IMPORTANCE)
+        noise = fitted.noise * self._draws(flight, clients, _IMPORTANCE)
         return np.exp(fitted.rank * ranks + fitted.ratio * ratio + fitted.loss * log_before + noise)
 
-    def _draws(self, rounds: IntArray, clients: IntArray, what: int) -> FloatArray:
-        """Standard normal numbers, a function of seed, client, round and `what` alone."""
+    def _draws(self, flight: IntArray, clients: IntArray, what: int) -> FloatArray:
+        """Standard normal numbers, a function of seed, client, flight and `what` alone."""
         drawn = np.empty(len(clients))
-        for index in np.unique(rounds):
-            here = rounds == index
+        for index in np.unique(flight):
+            here = flight == index
             drawn[here] = normals(self._seed, Stream.SURROGATE_NOISE, clients[here], int(index), what)
         return drawn
 

@@ -36,7 +36,7 @@ class TimingLearner:
 
     def _results(self, rows: PendingRows) -> LocalResults:
         count = len(rows.clients)
-        heads, channels = kept_counts(self._shape, rows.ratio_target)
+        heads, channels = kept_counts(self._shape, rows.ratio_asked)
         # Every layer keeps as many: one column stands for all of them, without a copy.
         kept = (
             np.broadcast_to(heads[:, None], (count, self._shape.layers)),

@@ -159,10 +159,10 @@ def batch_stream(
     batch_size: int,
     seed: int,
     client: int,
-    round_index: int,
+    flight: int,
     device: torch.device = _CPU,
 ) -> Iterator[Batch]:
-    """An endless stream of one client's batches in one round.
+    """An endless stream of one client's batches in one flight.
 
     The client's samples are shuffled, again and again, and the shuffled passes follow each other without a gap: every
     batch holds ``min(batch_size, samples)`` samples (so that steps cost alike) and every pass holds each sample once.
@@ -174,14 +174,14 @@ def batch_stream(
     Raises:
         ValueError: no samples (at the call, not at the first batch).
     """
-    chosen = sample_stream(indices, batch_size, seed, client, round_index)
+    chosen = sample_stream(indices, batch_size, seed, client, flight)
     return (make_batch(encoded, batch, device) for batch in chosen)
 
 
-def sample_stream(indices: ArrayLike, batch_size: int, seed: int, client: int, round_index: int) -> Iterator[IntArray]:
+def sample_stream(indices: ArrayLike, batch_size: int, seed: int, client: int, flight: int) -> Iterator[IntArray]:
     """The sample numbers behind the batches of `batch_stream`."""
     samples = _some(indices, client)
-    order = generator(seed, Stream.BATCH_ORDER, client, round_index)
+    order = generator(seed, Stream.BATCH_ORDER, client, flight)
     return _passes(samples, min(batch_size, len(samples)), order)
 
 

@@ -1,11 +1,13 @@
 """What a local job is, and what comes of it; the trainers are `fedsim.learn.train.reference` and `fedsim.learn.cohort`.
 
-One local job (FedSpine, arXiv 2501.02438): tau steps of AdamW on LoRA and head; after each backward pass the importance
-of every group is estimated and averaged; before the last ``recovery_steps`` steps the least important groups go.
+A job plays the `fedsim.contracts.program.LocalProgram` of its request with AdamW on LoRA and head: phase by phase,
+each with a learning rate; after each backward pass of a phase that estimates, the importance of every group is
+estimated and averaged; before a phase that cuts, the least important groups go.
 
-Unspecified in the paper; we chose: AdamW without weight decay, started afresh each round, its moments sliced with the
-weights; importance every ``importance_every``-th step with a decay to match; the loss before and after on a fixed
-probe batch of the client; |B * grad B| from the last step's gradients.
+Unspecified in FedSpine (arXiv 2501.02438); we chose: AdamW without weight decay, started afresh each job, its moments
+kept over phases and sliced with the weights; importance every ``importance_every``-th step with a decay to match; the
+loss before and after on a fixed probe batch of the client; |B * grad B| from the last step's gradients, and importance,
+of the loss with the objective's penalty.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 from fedsim.contracts.common import IntArray, Outcome
 from fedsim.contracts.learning import LocalRequest
@@ -73,7 +77,6 @@ class TrainRule:
         criterion: how groups are scored; None where the method never prunes.
         importance_every: local steps per estimate.
         selection: ``prune.selection``.
-        rank_decay, rank_penalty: rank self-pruning (`fedsim.learn.train.self_pruning`); a penalty of 0 is none.
     """
 
     seed: int
@@ -81,8 +84,6 @@ class TrainRule:
     criterion: Criterion | None
     importance_every: int
     selection: str
-    rank_decay: float = 1.0
-    rank_penalty: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +101,12 @@ class Trainer(Protocol):
         """One update per job, in order."""
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Go on at another learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def target_structure(
     job: Job, structure: Structure, scores: GroupScores | None, shape: ModelShape, selection: str
 ) -> Structure:
@@ -109,4 +116,4 @@ def target_structure(
     guide = job.guide if job.guide is not None else scores
     if guide is None:
         raise RuntimeError(f"client {job.request.client} is to prune, but no importance was ever estimated")
-    return select(guide, structure, shape, job.request.ratio_target, selection)
+    return select(guide, structure, shape, job.request.ratio_asked, selection)

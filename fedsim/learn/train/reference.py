@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 
+import numpy as np
 import torch
 
 from fedsim.contracts.common import Outcome
-from fedsim.contracts.learning import LocalRequest
+from fedsim.contracts.program import Objective, Trained
 from fedsim.learn.model.adapter import Adapter, restrict
 from fedsim.learn.model.lora import LoraModel
 from fedsim.learn.train.batches import IGNORED, Batch, batch_stream, fixed_batch
 from fedsim.learn.train.evaluate import Measured, each_once
 from fedsim.learn.train.importance import GroupScores, lora_importance, smooth
-from fedsim.learn.train.jobs import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, target_structure
-from fedsim.learn.train.self_pruning import tail_norm
+from fedsim.learn.train.jobs import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, set_rate, target_structure
+from fedsim.learn.train.objective import as_trained
 from fedsim.structure import Structure
 
 
@@ -31,43 +33,44 @@ class ReferenceTrainer:
         return [self._train_one(job) for job in jobs]
 
     def _train_one(self, job: Job) -> Update:
-        model, request = self._model, job.request
-        key = (self._rule.seed, request.client, request.round_index)
-        model.load(job.start, restrict(job.adapter, job.start, request.rank, model.backbone.shape, key))
+        model, request, rule = self._model, job.request, self._rule
+        program = request.program
+        key = (rule.seed, request.client, request.flight)
+        first = restrict(job.adapter, job.start, request.rank, model.backbone.shape, key)
+        model.load(job.start, first)
         indices = self._data.parts[request.client]
         device = model.backbone.device
-        probe = fixed_batch(self._data.text, indices, PROBE_SAMPLES, self._rule.seed, request.client, device)
+        probe = fixed_batch(self._data.text, indices, PROBE_SAMPLES, rule.seed, request.client, device)
         stream = batch_stream(
-            self._data.text,
-            indices,
-            self._rule.batch_size,
-            self._rule.seed,
-            request.client,
-            request.round_index,
-            device,
+            self._data.text, indices, rule.batch_size, rule.seed, request.client, request.flight, device
         )
         loss_before = self._probe_loss(probe)
-        optimizer = torch.optim.AdamW(model.parameters_list(), lr=request.learning_rate, weight_decay=0.0, fused=True)
-        structure, scores = job.start, job.scores
-        prune_at = request.local_steps - request.recovery_steps
-        outcome, importance = Outcome.OK, float("nan")
-        for step in range(request.local_steps):
-            if request.prune and step == prune_at:
+        optimizer = torch.optim.AdamW(model.parameters_list(), lr=program.phases[0].rate, weight_decay=0.0, fused=True)
+        structure, scores, start = job.start, job.scores, as_trained(first)
+        step, outcome, importance = 0, Outcome.OK, float("nan")
+        for phase in program.phases:
+            if phase.cut_before:
                 structure = self._prune(job, structure, scores, optimizer)
-            optimizer.zero_grad(set_to_none=True)
-            batch = next(stream)
-            with model.watching() if self._watches(request, step) else nullcontext():
-                loss = _cross_entropy(model.logits(batch), batch.labels)
-            if not math.isfinite(float(loss.detach())):
-                outcome = Outcome.NON_FINITE
+                start = as_trained(restrict(job.adapter, structure, request.rank, model.backbone.shape, key))
+            set_rate(optimizer, phase.rate)
+            for batch in islice(stream, phase.steps):
+                step += 1
+                estimates = phase.estimate and step % rule.importance_every == 0
+                optimizer.zero_grad(set_to_none=True)
+                with model.watching() if estimates and self._watches else nullcontext():
+                    loss = _cross_entropy(model.logits(batch), batch.labels)
+                if not math.isfinite(float(loss.detach())):
+                    outcome = Outcome.NON_FINITE
+                    break
+                self._penalised(loss, program.objective, start).backward()
+                if estimates:
+                    scores = self._estimate(scores)
+                if step == program.steps:
+                    importance = lora_importance(model)
+                if phase.trains:
+                    optimizer.step()
+            if outcome != Outcome.OK:
                 break
-            self._penalised(loss).backward()
-            scores = self._estimate(request, scores, step)
-            if step == request.local_steps - 1:
-                importance = lora_importance(model)
-            optimizer.step()
-        if request.prune and outcome == Outcome.OK and prune_at == request.local_steps:
-            structure = self._prune(job, structure, scores, optimizer)
         loss_after = self._probe_loss(probe) if outcome == Outcome.OK else float("nan")
         if outcome == Outcome.OK and not (math.isfinite(loss_after) and math.isfinite(importance)):
             outcome = Outcome.NON_FINITE
@@ -82,24 +85,25 @@ class ReferenceTrainer:
             outcome=outcome,
         )
 
-    def _penalised(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss with the penalty of rank self-pruning, if any."""
-        rule, model = self._rule, self._model
-        if rule.rank_penalty == 0.0:
+    def _penalised(self, loss: torch.Tensor, objective: Objective | None, start: Trained) -> torch.Tensor:
+        """The loss with the objective's penalty, if any."""
+        if objective is None:
             return loss
-        pairs = [model.factors(linear.name) for linear in model.targets]
-        return loss + rule.rank_penalty * tail_norm(pairs, rule.rank_decay)
+        model = self._model
+        pairs = {linear.name: model.factors(linear.name) for linear in model.targets}
+        head = {name: model.backbone.model.get_parameter(name) for name in model.backbone.head_names}
+        now = as_trained(Adapter(pairs, head))
+        penalty: torch.Tensor = objective.penalty(now, start, np.array([next(now.tensors()).shape[1]]))
+        return loss + penalty.squeeze(0)
 
-    def _estimates(self, request: LocalRequest, step: int) -> bool:
-        return request.estimate and (step + 1) % self._rule.importance_every == 0
-
-    def _watches(self, request: LocalRequest, step: int) -> bool:
+    @property
+    def _watches(self) -> bool:
         criterion = self._rule.criterion
-        return criterion is not None and criterion.watches and self._estimates(request, step)
+        return criterion is not None and criterion.watches
 
-    def _estimate(self, request: LocalRequest, scores: GroupScores | None, step: int) -> GroupScores | None:
+    def _estimate(self, scores: GroupScores | None) -> GroupScores | None:
         criterion = self._rule.criterion
-        if criterion is None or criterion.estimate is None or not self._estimates(request, step):
+        if criterion is None or criterion.estimate is None:
             return scores
         return smooth(scores, criterion.estimate(self._model), steps=self._rule.importance_every)
 
