@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsim.contracts.program import ExtraCost, LocalProgram, Phase
     from fedsim.control.client_selection import register_selection
     from fedsim.control.policies import register_policy
     from fedsim.families.family import Family
     from fedsim.families.family_catalogue import register_family
     from fedsim.learn.entries import register_criterion, register_objective, register_rule
     from fedsim.learn.export.exported import load_exported
-    from fedsim.methods.base import Method
+    from fedsim.methods.base import Method, tuning
     from fedsim.methods.catalogue import register_method
     from fedsim.records.reader import Run, load
     from fedsim.runner.clock import Clock
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Clock",
+    "ExtraCost",
     "Family",
+    "LocalProgram",
     "Method",
+    "Phase",
     "Run",
     "Sweep",
     "export_run",
@@ -46,6 +50,7 @@ __all__ = [
     "register_selection",
     "run",
     "sweep",
+    "tuning",
 ]
 
 _HOMES = {
@@ -61,6 +66,10 @@ _HOMES = {
     "Family": "fedsim.families.family",
     "register_family": "fedsim.families.family_catalogue",
     "Method": "fedsim.methods.base",
+    "tuning": "fedsim.methods.base",
+    "LocalProgram": "fedsim.contracts.program",
+    "Phase": "fedsim.contracts.program",
+    "ExtraCost": "fedsim.contracts.program",
     "register_method": "fedsim.methods.catalogue",
     "register_policy": "fedsim.control.policies",
     "register_protocol": "fedsim.sim.protocol_names",

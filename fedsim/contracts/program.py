@@ -10,7 +10,7 @@ own methods and operators, ``((a - b) ** 2).sum(dim=(1, 2))``, so that its file 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -42,6 +42,21 @@ class Trained:
             yield a
             yield b
         yield from self.head.values()
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Trained:
+        """Every tensor changed."""
+        return Trained(
+            {name: (change(a), change(b)) for name, (a, b) in self.factors.items()},
+            {name: change(tensor) for name, tensor in self.head.items()},
+        )
+
+    def combined(self, other: Trained, change: Callable[[Tensor, Tensor], Tensor]) -> Trained:
+        """Every tensor made of this one's and its counterpart in `other`."""
+        factors = {}
+        for name, (a, b) in self.factors.items():
+            other_a, other_b = other.factors[name]
+            factors[name] = change(a, other_a), change(b, other_b)
+        return Trained(factors, {name: change(tensor, other.head[name]) for name, tensor in self.head.items()})
 
     def pairs(self, other: Trained) -> Iterator[tuple[Tensor, Tensor]]:
         """Every tensor with its counterpart in `other`."""
@@ -91,6 +106,32 @@ class ResizingObjective(Objective, Protocol):
 
     def ranks_after(self, now: Trained, start: Trained, ranks: IntArray) -> IntArray:
         """The rank that each client keeps, (C,), from 1 to its own: its first components stay. As `penalty` else."""
+
+
+class RememberingObjective(Objective, Protocol):
+    """An objective with memory: tensors like the trained ones, one set of the server's and one of each client's.
+
+    All begin at zero. Those of a client are kept once its update was merged. What is remembered belongs to the global
+    adapter's own factors: nothing may be pruned, and every client has the global rank.
+    """
+
+    def carried(self, shared: Trained, own: Trained) -> Trained:
+        """What one client takes along in a job, from the server's set and its own (C = 1, as all sets here)."""
+
+    def carrying(self, carried: Trained) -> Objective:
+        """What C clients minimise that took this along."""
+
+    def kept(self, carried: Trained, gradient: Trained, now: Trained, start: Trained) -> Trained:
+        """A client's new set after a job.
+
+        Args:
+            carried: what it took along.
+            gradient: mean over the steps that train, of the loss with the penalty.
+            now, start: what was trained, after the job and before it.
+        """
+
+    def merged(self, shared: Trained, change: Trained, clients: int) -> Trained:
+        """The server's new set, given the sum of what merged clients changed in theirs, and the size of the fleet."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 
 from fedsim.contracts.common import IntArray
 from fedsim.contracts.program import Objective
+from fedsim.contracts.server_optimizer import ServerOptimizer
 from fedsim.control.policies import POLICIES
 from fedsim.data.labelled import Corpus
 from fedsim.errors import ConfigError
@@ -52,6 +53,7 @@ def build_learner(
     corpus: Corpus,
     parts: tuple[IntArray, ...],
     objective_at: Callable[[int], Objective | None] = no_objective,
+    server: ServerOptimizer | None = None,
 ) -> LoraLearner:
     """Load the backbone, encode the text, and stand a trainer behind the joint.
 
@@ -59,6 +61,7 @@ def build_learner(
         prunes: whether the method prunes; where not, importance is never estimated.
         parts: each client's sample numbers in ``corpus.train``.
         objective_at: what the method's jobs minimise beside their losses, by the version they are sent off with.
+        server: the method's server optimizer, if it has one.
     """
     criterion = find_criterion(config.prune.criterion)
     find_rule(config.aggregate.rule)
@@ -102,7 +105,14 @@ def build_learner(
         encode_text(part, backbone.tokenizer, config.train.max_length) for part in (corpus.train, corpus.test)
     )
     engine = make_engine(config, backbone, adapter, ClientData(text, parts), test, rule, precision)
-    return LoraLearner(
-        LearnerParts(config, backbone, engine, criterion, texts_cut=(text.cut, test.cut), objective_at=objective_at),
-        adapter,
+    learner_parts = LearnerParts(
+        config,
+        backbone,
+        engine,
+        criterion,
+        server,
+        texts_cut=(text.cut, test.cut),
+        objective_at=objective_at,
+        clients=len(parts),
     )
+    return LoraLearner(learner_parts, adapter)

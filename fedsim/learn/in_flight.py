@@ -17,7 +17,8 @@ from fedsim.contracts.program import LocalProgram, Objective, Phase
 from fedsim.learn.adapter_arrays import adapter_from, adapter_state
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.train.importance import GroupScores
-from fedsim.learn.train.jobs import Job, Update
+from fedsim.learn.train.jobs import Job, Remembered, Update
+from fedsim.learn.train.objective import as_adapter, as_trained, remembering
 from fedsim.structure import ModelShape, Structure
 
 _PRESENT = 0
@@ -60,9 +61,14 @@ def flights_state(flights: Sequence[InFlight], present: Adapter, shape: ModelSha
     if trained:
         arrays["update.structure"] = np.stack([_bits(update.structure) for update in trained])
         _put_scores(arrays, "update.scores", [update.scores for update in trained], shape)
+    arrays["carries"] = np.array([job.carried is not None for job in jobs])
     for one in flights:
+        if one.job.carried is not None:
+            arrays.update(adapter_state(as_adapter(one.job.carried), f"carried.{one.ticket}."))
         if one.update is not None:
             arrays.update(adapter_state(one.update.adapter, f"update.{one.ticket}."))
+            if one.update.remembered is not None:
+                arrays.update(adapter_state(as_adapter(one.update.remembered.kept), f"kept.{one.ticket}."))
     return {f"flights.{name}": array for name, array in arrays.items()}
 
 
@@ -95,7 +101,9 @@ def flights_from(
         adapter = adapters[int(arrays["version"][row])]
         mask = _structure(arrays["mask"][row], shape) if arrays["masked"][row] else None
         start = _structure(arrays["start"][row], shape)
-        job = Job(request, adapter, start, own_scores[row], guide(request.client), mask)
+        carries = bool(arrays["carries"][row])
+        carried = as_trained(adapter_from(arrays, present, f"carried.{ticket}.")) if carries else None
+        job = Job(request, adapter, start, own_scores[row], guide(request.client), mask, carried)
         update = None
         if arrays["trained"][row]:
             numbers = {name: arrays[f"update.{name}"][done].item() for name in _NUMBERS}
@@ -104,6 +112,7 @@ def flights_from(
                 structure=_structure(arrays["update.structure"][done], shape),
                 scores=new_scores[done],
                 start=adapter,
+                remembered=_remembered(arrays, job, ticket, present),
                 **{**numbers, "outcome": Outcome(numbers["outcome"])},
             )
             done += 1
@@ -114,6 +123,13 @@ def flights_from(
 _REQUEST = tuple(field.name for field in fields(LocalRequest) if field.name != "program")
 _NUMBERS = ("samples", "loss_before", "loss_after", "lora_importance", "outcome")
 """Numbers of an `Update`."""
+
+
+def _remembered(arrays: State, job: Job, ticket: int, present: Adapter) -> Remembered | None:
+    objective = remembering(job.request.program.objective)
+    if objective is None or job.carried is None:
+        return None
+    return Remembered(objective, as_trained(adapter_from(arrays, present, f"kept.{ticket}.")))
 
 
 def _program(arrays: State, name: str, objective_at: Callable[[int], Objective | None], version: int) -> LocalProgram:

@@ -20,16 +20,18 @@ import numpy as np
 from fedsim.contracts.common import FloatArray, IntArray, State
 from fedsim.contracts.learning import Cohorts, Evaluation, LocalRequest, LocalRequests, LocalResults
 from fedsim.contracts.program import Objective
+from fedsim.contracts.server_optimizer import ServerOptimizer
 from fedsim.learn.adapter_arrays import adapter_from, adapter_state
 from fedsim.learn.engine import Engine
 from fedsim.learn.export.peft_folder import write_peft_folder
 from fedsim.learn.faults import device_faults
 from fedsim.learn.job_queue import JobQueue
 from fedsim.learn.local_results import contributions_of, results_of, usable_updates
-from fedsim.learn.merge.differences import ServerOptimizer, Step
+from fedsim.learn.merge.differences import Step
 from fedsim.learn.merge.rules import merge
 from fedsim.learn.model.adapter import Adapter, folded
 from fedsim.learn.model.backbone import Backbone
+from fedsim.learn.objective_memory import ObjectiveMemory
 from fedsim.learn.structures_plan import StructuresPlan
 from fedsim.learn.train.importance import Criterion
 from fedsim.learn.train.jobs import Job, Update
@@ -51,6 +53,7 @@ class LearnerParts:
         server: what is made of the mean difference of a merge; None: updates are merged as the rule says.
         texts_cut: training and test samples that are longer than ``train.max_length``.
         objective_at: what jobs minimise that were sent off with a version, for those that a checkpoint brings back.
+        clients: of the whole fleet.
     """
 
     config: Config
@@ -60,6 +63,7 @@ class LearnerParts:
     server: ServerOptimizer | None = None
     texts_cut: tuple[int, int] = (0, 0)
     objective_at: Callable[[int], Objective | None] = no_objective
+    clients: int = 1
 
 
 class LoraLearner:
@@ -69,6 +73,7 @@ class LoraLearner:
         self._parts = parts
         self._adapter = adapter
         self._plan = StructuresPlan(parts.config, parts.backbone, parts.criterion)
+        self._memory = ObjectiveMemory(adapter, parts.clients)
         self._queue = JobQueue(self._train)
 
     @property
@@ -115,7 +120,8 @@ class LoraLearner:
         start, mask = plan.structure(client), None
         if request.program.cuts:
             start, mask = plan.dispatched(client, request.ratio_asked)
-        return Job(request, self._adapter, start, plan.scores(client), plan.guide(client), mask)
+        carried = self._memory.carried(request, start.ratio(self._parts.backbone.shape) == 0.0)
+        return Job(request, self._adapter, start, plan.scores(client), plan.guide(client), mask, carried)
 
     def _train(self, jobs: Sequence[Job]) -> list[Update]:
         config, backbone = self._parts.config, self._parts.backbone
@@ -134,6 +140,7 @@ class LoraLearner:
             (client, update.structure, update.scores)
             for client, update in zip(results.clients.tolist(), updates, strict=True)
         )
+        self._memory.merge(results.clients.tolist(), updates)
         config = self._parts.config
         self._adapter = merge(
             self._adapter,
@@ -198,6 +205,7 @@ class LoraLearner:
             arrays["chunk_clients"] = np.array([plan.limit])
         arrays.update(adapter_state(self._adapter))
         arrays.update(self._plan.state())
+        arrays.update(self._memory.state())
         arrays.update(self._queue.state(self._adapter, self._parts.backbone.shape))
         if self._parts.server is not None:
             arrays.update({f"server.{name}": array for name, array in self._parts.server.state().items()})
@@ -209,6 +217,7 @@ class LoraLearner:
         if self._parts.engine.plan is not None and "chunk_clients" in state:
             self._parts.engine.plan.limit = int(state["chunk_clients"][0])
         self._plan.restore(state)
+        self._memory.restore(state)
         parts = self._parts
         self._queue.restore(state, self._adapter, parts.backbone.shape, self._plan.guide, parts.objective_at)
         if self._parts.server is not None:

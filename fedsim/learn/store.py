@@ -28,7 +28,7 @@ _BLOCK_BYTES = 1 << 20
 """Rows are added in blocks of about this size (a row at least): no row is ever moved, and little room is unused."""
 
 
-class _Rows:
+class Rows:
     """One row of fixed width per client, in the order in which clients first came."""
 
     def __init__(self, width: int, dtype: DTypeLike) -> None:
@@ -94,8 +94,8 @@ class ClientStore:
         self._shape = shape
         self._head_total = shape.layers * shape.head_groups
         groups = self._head_total + shape.layers * shape.ffn
-        self._bits = _Rows((groups + 7) // 8, np.uint8)
-        self._scores = _Rows(groups, np.float32)
+        self._bits = Rows((groups + 7) // 8, np.uint8)
+        self._scores = Rows(groups, np.float32)
         self._sum = np.zeros(groups)
         self._replaced = 0
 

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from fedsim.contracts.program import LocalProgram, Objective, Phase
+from fedsim.contracts.server_optimizer import ServerOptimizer
 from fedsim.control.schedule import cubic_ratio
+from fedsim.learn.entries import OBJECTIVES
+from fedsim.registry import loaded
 from fedsim.settings import Config, Section
 
 Schedule = Callable[[int, Config], float]
@@ -44,8 +47,17 @@ def scheduled_rate(round_index: int, config: Config) -> float:
     return train.learning_rate * decay
 
 
-def tuning(round_index: int, config: Config, objective: Objective | None = None) -> LocalProgram:
-    """Tuning alone: ``train.local_steps`` steps."""
+def tuning(round_index: int, config: Config, objective: Objective | str | None = None) -> LocalProgram:
+    """Tuning alone: ``train.local_steps`` steps.
+
+    Args:
+        objective: or the name of one that was registered (``fedsim.register_objective``).
+    Raises:
+        ConfigError: there is no objective of that name.
+    """
+    if isinstance(objective, str):
+        made: Objective = loaded(OBJECTIVES.named(objective).make)(config)
+        objective = made
     return LocalProgram((Phase(config.train.local_steps, scheduled_rate(round_index, config)),), objective)
 
 
@@ -83,6 +95,7 @@ class Method:
             always is.
         program: what a device does in a round; None: `pruning` where the method prunes, else `tuning`.
         options: the settings that belong to this method alone, ``method_options``; a section with a default for each.
+        server_optimizer: what the server makes of a merge's mean difference; None: the rule's own result.
         refuses: what is wrong with a configuration under this method, beyond what is refused for all.
         baseline: its place among the methods that others are compared with where the user names none, lowest first;
             None: it is none.
@@ -99,6 +112,7 @@ class Method:
     cuts_after: When = never
     program: Program | None = None
     options: type[Section] = Section
+    server_optimizer: Callable[[Config], ServerOptimizer] | None = None
     refuses: Refusals = refuses_nothing
     baseline: int | None = None
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from fedsim.errors import ConfigError
 from fedsim.methods import (
+    fedadam,
     fedapt,
     fedlora,
     fedmp,
+    fedprox,
     fedspine,
     fedspine_balanced,
     fedspine_uniform,
+    fedspine_warm,
     flexlora,
     flora,
     hetlora,
     prune_then_tune,
+    scaffold,
     tune_then_prune,
 )
 from fedsim.methods.base import Method
@@ -34,6 +38,10 @@ METHODS: Catalogue[Method] = Catalogue(
         tune_then_prune.METHOD,
         fedapt.METHOD,
         fedmp.METHOD,
+        fedprox.METHOD,
+        fedadam.METHOD,
+        scaffold.METHOD,
+        fedspine_warm.METHOD,
     ),
 )
 

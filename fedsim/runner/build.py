@@ -303,7 +303,12 @@ def _build_learner(
     from fedsim.learn.assemble import build_learner  # heavy: only runs that train pay for it
 
     learner = build_learner(
-        config, method.prunes, corpus, parts, lambda version: method.local_program(version, config).objective
+        config,
+        method.prunes,
+        corpus,
+        parts,
+        objective_at=lambda version: method.local_program(version, config).objective,
+        server=None if method.server_optimizer is None else method.server_optimizer(config),
     )
     model = {"name": config.model.name, "sha256": learner.weights_sha256}
     sizes = (len(corpus.train), len(corpus.test))

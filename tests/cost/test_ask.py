@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsim.contracts.program import LocalProgram, Phase
-from fedsim.cost.ask import JobSetting, ShapeAsk
+from fedsim.contracts.program import ExtraCost, LocalProgram, Phase
+from fedsim.cost.ask import JobSetting, ShapeAsk, Share
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import (
     StepSetting,
@@ -25,9 +25,9 @@ STEP = StepSetting(4, 32)
 RANKS = (2, 4, 8, 16, 32)
 
 
-def job(steps=20, recovery=5, importance_every=5, prunes=True, step=STEP):
+def job(steps=20, recovery=5, importance_every=5, prunes=True, step=STEP, importance_memory="group"):
     phases = (Phase(steps - recovery, 1e-3, prunes), Phase(recovery, 1e-3, prunes, cut_before=prunes))
-    return JobSetting.of(LocalProgram(phases), step, importance_every, sends_scores=prunes)
+    return JobSetting.of(LocalProgram(phases), step, importance_every, prunes, importance_memory)
 
 
 def slow_work(learner, clock, steps, recovery, every, before, after, rank):
@@ -199,3 +199,57 @@ def test_a_job_that_cuts_has_two_peaks():
     during, after = ask.peaks(0.0, 0.5, 8)
     assert during == ask.work(0.0, 0.0, 8).peak_memory_bytes
     assert after == ask.work(0.5, 0.5, 8).peak_memory_bytes < during
+
+
+class Priced:
+    """An objective that costs something of everything."""
+
+    extra_cost = ExtraCost(flops=3.0, memory_bytes=16.0, peak_memory_bytes=4.0, download_bytes=5.0, upload_bytes=7.0)
+
+    def penalty(self, now, start, ranks):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("ratios", [(0.0, 0.0), (0.25, 0.5)])
+def test_an_objective_costs_what_it_says_per_trained_weight(ratios):
+    phases = (Phase(15, 1e-3, estimate=True), Phase(5, 1e-3, estimate=True, cut_before=True))
+    plain, dear = (
+        ShapeAsk(BASE, BASE, JobSetting.of(LocalProgram(phases, own), STEP, 5, sends_scores=True), RANKS).work(
+            *ratios, 8
+        )
+        for own in (None, Priced())
+    )
+
+    def weights(ratio):
+        heads, channels = (count / full for count, full in zip(kept_counts(BASE, ratio), (12, 3072), strict=True))
+        return float(lora_weights(BASE, kept_sums(BASE, STEP, [heads], [channels]), 8)) + BASE.head_weights
+
+    before, after = map(weights, ratios)
+    steps = 15 * before + 5 * after
+    expected = {
+        "flops": 3.0 * steps,
+        "memory_bytes": 16.0 * steps,
+        "launches": 0.0,
+        "peak_memory_bytes": 4.0 * before,
+        "download_bytes": 5.0 * before,
+        "upload_bytes": 7.0 * after,
+    }
+    for field, more in expected.items():
+        got = float(getattr(dear, field)) - float(getattr(plain, field))
+        assert got == pytest.approx(more, rel=1e-4, abs=1e-9), field
+
+
+def test_estimates_are_counted_over_the_whole_job_where_a_phase_estimates():
+    """Every third step of 2 + 5 + 4; the first phase estimates nothing, and the cut comes before the last."""
+    phases = (Phase(2, 1e-3), Phase(5, 1e-3, estimate=True), Phase(4, 1e-3, estimate=True, cut_before=True))
+    job = JobSetting.of(LocalProgram(phases), STEP, 3, sends_scores=True)
+    assert (job.start, job.end) == (Share(7, 2), Share(4, 1))
+    quiet = JobSetting.of(LocalProgram((Phase(11, 1e-3),)), STEP, 3, sends_scores=True)
+    assert (quiet.start, quiet.end, quiet.estimates, quiet.sends_scores) == (Share(0, 0), Share(11, 0), False, False)
+
+
+def test_the_rate_costs_nothing():
+    """Rounds whose programs differ in the rate alone share a price."""
+    one, other = (JobSetting.of(LocalProgram((Phase(4, rate),)), STEP, None, sends_scores=False) for rate in (0.1, 0.2))
+    assert one == other
+    assert hash(one) == hash(other)

@@ -16,6 +16,7 @@ from fedsim.contracts.learning import LocalRequests
 from fedsim.contracts.program import LocalProgram, Phase
 from fedsim.cost.shapes import load_shape
 from fedsim.learn.standins.timing_only import TimingLearner
+from fedsim.methods.scaffold import ControlVariates
 from fedsim.structure import Structure
 
 PLAIN = LocalProgram((Phase(4, 1e-2, estimate=True),))
@@ -207,3 +208,34 @@ def test_a_server_optimizer_answers_every_merge_and_is_resumed(tiny_folders, rul
         learner.aggregate(learner.result(submit(learner, request(3, 2))), mix=0.5)
     assert states_equal(one.state(), other.state())
     assert any(name.startswith("server.") for name in one.state())
+
+
+def test_what_jobs_carry_and_leave_to_a_memory_is_resumed(tiny_folders):
+    """SCAFFOLD in mid-flight: one job trained and unread, one waiting; then two merges, to the bit."""
+    program = LocalProgram((Phase(3, 1e-2),), ControlVariates())
+
+    def make():
+        tree = {"aggregate.rule": "average_factors", "control.policy": "uniform"}
+        learner = make_learner(tiny_folders["bert"], tree, method="fedlora")
+        learner._parts = dataclasses.replace(learner._parts, objective_at=lambda version: ControlVariates())
+        return learner
+
+    def sent(learner, client, turn):
+        return submit(learner, dataclasses.replace(request(client, turn), program=program))
+
+    one, other = make(), make()
+    for client in (0, 1):
+        one.aggregate(one.result(sent(one, client, 0)))
+    tickets = np.concatenate([sent(one, 0, 1), sent(one, 2, 0)])
+    one.peek(tickets[:1])
+    waiting = sent(one, 1, 1)
+    state = copied(one.state())
+    assert len(state["memory_clients"]) == 2
+    other.restore(state)
+    assert states_equal(state, other.state())
+    for learner in (one, other):
+        for ticket in (*tickets, *waiting):
+            learner.aggregate(learner.result(ticket[None]))
+    assert states_equal(one.state(), other.state())
+    assert one.state()["memory_clients"].tolist() == [0, 1, 2]
+    assert np.abs(one.state()["memory_shared"]).max() > 0

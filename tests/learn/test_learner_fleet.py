@@ -113,13 +113,13 @@ def test_a_job_sees_the_scores_that_a_resumed_run_would_see():
 def test_a_round_touches_its_participants_rows_only(monkeypatch):
     touched = []
     for name in ("get", "put", "total"):
-        real = getattr(store_module._Rows, name)
+        real = getattr(store_module.Rows, name)
 
         def counted(self, *arguments, name=name, real=real):
             touched.append(name)
             return real(self, *arguments)
 
-        monkeypatch.setattr(store_module._Rows, name, counted)
+        monkeypatch.setattr(store_module.Rows, name, counted)
     counts = []
     for known in (40, 400):
         learner = make_learner()

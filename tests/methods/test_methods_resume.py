@@ -1,4 +1,4 @@
-"""Methods with state of their own (ranks, stacks, a merged base) go on from a checkpoint to the bit."""
+"""Methods with state of their own (ranks, stacks, a base, moments, variates) go on from a checkpoint to the bit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StoppedError(Exception):
     """The run is killed here."""
 
 
-@pytest.mark.parametrize("method", ["hetlora", "flora", "fedapt"])
+@pytest.mark.parametrize("method", ["hetlora", "flora", "fedapt", "fedadam", "scaffold"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(method, tmp_path, monkeypatch):
     options = {**OVERRIDES, "method": method}
     if method == "hetlora":

@@ -14,6 +14,7 @@ from itertools import islice
 import torch
 
 from fedsim.contracts.common import IntArray, Outcome
+from fedsim.contracts.program import Trained
 from fedsim.learn.cohort.forward import CohortModel
 from fedsim.learn.cohort.pack import PackedBatch, pack
 from fedsim.learn.cohort.plan import ChunkPlan, cohorts
@@ -21,6 +22,7 @@ from fedsim.learn.cohort.scores import CohortScores, find_estimate, lora_importa
 from fedsim.learn.cohort.stack import Base, CohortStack, Member
 from fedsim.learn.train.batches import fixed_samples, sample_stream
 from fedsim.learn.train.jobs import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, set_rate, target_structure
+from fedsim.learn.train.objective import GradientMean, gradient, objective_of
 
 
 class CohortTrainer:
@@ -65,7 +67,7 @@ class CohortTrainer:
         loss_before = self._probe(stack, probe)
         stack.require_grad()
         optimizer = torch.optim.AdamW(stack.trained, lr=program.phases[0].rate, weight_decay=0.0, fused=True)
-        objective = program.objective
+        objective, gradients = objective_of(jobs), GradientMean(jobs)
         start = None if objective is None else stack.at_start()
         structures = [job.start for job in jobs]
         scores = CohortScores.of([job.scores for job in jobs], stack.widths)
@@ -102,10 +104,14 @@ class CohortTrainer:
                 if step == program.steps:
                     importance = lora_importance_cohort(stack)
                 if phase.trains:
+                    gradients.add(lambda: Trained(stack.factors, stack.head).mapped(gradient))
                     optimizer.step()
         stack.watched = None
         loss_after = self._probe(stack, probe)
-        return self._updates(jobs, stack, scores if estimated else None, (loss_before, loss_after, importance, finite))
+        updates = self._updates(
+            jobs, stack, scores if estimated else None, (loss_before, loss_after, importance, finite)
+        )
+        return [gradients.remembered(place, update) for place, update in enumerate(updates)]
 
     def _updates(
         self,

@@ -33,13 +33,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedsim.contracts.common import State
 from fedsim.learn.merge.coverage import Coverage, sides
 from fedsim.learn.merge.lowrank import factored_is_cheaper, truncated_svd_dense, truncated_svd_factored, with_old_rows
 from fedsim.learn.merge.merging import Contribution, Merging, Rule
@@ -48,20 +46,6 @@ from fedsim.learn.model.linears import COLUMN_PRUNED, PrunableLinear
 
 ServerStep = Callable[[str, torch.Tensor], torch.Tensor]
 """From a mean difference, by its name (see the module), to what is added to the global adapter: of the same shape."""
-
-
-class ServerOptimizer(Protocol):
-    """A `ServerStep` that remembers: called once for each tensor of a merge, by names that are the same every time."""
-
-    def __call__(self, name: str, difference: torch.Tensor) -> torch.Tensor:
-        """What is added, of the shape of `difference`."""
-
-    def state(self) -> State:
-        """Arrays for the checkpoint."""
-
-    def restore(self, state: State) -> None:
-        """Take what `state` gave."""
-
 
 Step = float | ServerStep
 ByDifferences = Callable[[Merging, Step], Adapter]

@@ -20,6 +20,7 @@ import torch
 
 from fedsim.contracts.common import IntArray, Outcome
 from fedsim.contracts.learning import LocalRequest
+from fedsim.contracts.program import RememberingObjective, Trained
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.train.batches import EncodedText
 from fedsim.learn.train.importance import Criterion, GroupScores
@@ -40,6 +41,7 @@ class Job:
         scores: the client's averaged group scores so far; None before the first estimate, or for a static criterion.
         guide: scores that choose the groups in the place of the client's own (a static criterion's).
         mask: the ready structure to shrink to (common structure); None to choose by scores.
+        carried: what the client takes along for an objective with memory, C = 1; None for any other.
     """
 
     request: LocalRequest
@@ -48,6 +50,15 @@ class Job:
     scores: GroupScores | None
     guide: GroupScores | None
     mask: Structure | None = None
+    carried: Trained | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Remembered:
+    """The set of tensors that a client keeps for an objective with memory, C = 1."""
+
+    objective: RememberingObjective
+    kept: Trained
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +67,7 @@ class Update:
 
     Attributes:
         start: the global adapter of the version at dispatch, as the server knows it; None: not known.
+        remembered: what it leaves to an objective with memory; None where the job carried nothing.
     """
 
     adapter: Adapter
@@ -67,6 +79,7 @@ class Update:
     lora_importance: float
     outcome: Outcome
     start: Adapter | None = None
+    remembered: Remembered | None = None
 
 
 @dataclass(frozen=True)

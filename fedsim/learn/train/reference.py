@@ -18,7 +18,7 @@ from fedsim.learn.train.batches import IGNORED, Batch, batch_stream, fixed_batch
 from fedsim.learn.train.evaluate import Measured, each_once
 from fedsim.learn.train.importance import GroupScores, lora_importance, smooth
 from fedsim.learn.train.jobs import PROBE_SAMPLES, ClientData, Job, TrainRule, Update, set_rate, target_structure
-from fedsim.learn.train.objective import as_trained
+from fedsim.learn.train.objective import GradientMean, as_trained, gradient, objective_of
 from fedsim.structure import Structure
 
 
@@ -47,6 +47,7 @@ class ReferenceTrainer:
         loss_before = self._probe_loss(probe)
         optimizer = torch.optim.AdamW(model.parameters_list(), lr=program.phases[0].rate, weight_decay=0.0, fused=True)
         structure, scores, start = job.start, job.scores, as_trained(first)
+        objective, gradients = objective_of([job]), GradientMean([job])
         step, outcome, importance = 0, Outcome.OK, float("nan")
         for phase in program.phases:
             if phase.cut_before:
@@ -62,19 +63,20 @@ class ReferenceTrainer:
                 if not math.isfinite(float(loss.detach())):
                     outcome = Outcome.NON_FINITE
                     break
-                self._penalised(loss, program.objective, start).backward()
+                self._penalised(loss, objective, start).backward()
                 if estimates:
                     scores = self._estimate(scores)
                 if step == program.steps:
                     importance = lora_importance(model)
                 if phase.trains:
+                    gradients.add(self._gradients)
                     optimizer.step()
             if outcome != Outcome.OK:
                 break
         loss_after = self._probe_loss(probe) if outcome == Outcome.OK else float("nan")
         if outcome == Outcome.OK and not (math.isfinite(loss_after) and math.isfinite(importance)):
             outcome = Outcome.NON_FINITE
-        return Update(
+        update = Update(
             adapter=model.read(),
             structure=structure,
             scores=scores,
@@ -84,15 +86,24 @@ class ReferenceTrainer:
             lora_importance=importance,
             outcome=outcome,
         )
+        return gradients.remembered(0, update)
+
+    def _now(self) -> Adapter:
+        """The trained parameters themselves."""
+        model = self._model
+        head = {name: model.backbone.model.get_parameter(name) for name in model.backbone.head_names}
+        return Adapter({linear.name: model.factors(linear.name) for linear in model.targets}, head)
+
+    def _gradients(self) -> Trained:
+        now = self._now()
+        head = {name: gradient(tensor) for name, tensor in now.head.items()}
+        return as_trained(Adapter({name: (gradient(a), gradient(b)) for name, (a, b) in now.factors.items()}, head))
 
     def _penalised(self, loss: torch.Tensor, objective: Objective | None, start: Trained) -> torch.Tensor:
         """The loss with the objective's penalty, if any."""
         if objective is None:
             return loss
-        model = self._model
-        pairs = {linear.name: model.factors(linear.name) for linear in model.targets}
-        head = {name: model.backbone.model.get_parameter(name) for name in model.backbone.head_names}
-        now = as_trained(Adapter(pairs, head))
+        now = as_trained(self._now())
         penalty: torch.Tensor = objective.penalty(now, start, np.array([next(now.tensors()).shape[1]]))
         return loss + penalty.squeeze(0)
 
