@@ -11,7 +11,7 @@ is linear in the two kept fractions, and these in the rank: six numbers price it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import numpy as np
@@ -38,9 +38,11 @@ from fedsim.structure import ModelShape, kept_counts
 
 @dataclass(frozen=True)
 class Share:
-    """What a job runs at one of its structures: steps, and importance estimates among them."""
+    """What a job runs at one of its structures: steps that train, passes that change no weight, and the importance
+    estimates among both."""
 
     steps: int
+    passes: int
     estimates: int
 
 
@@ -64,6 +66,11 @@ class JobSetting:
     sends_scores: bool
     extra: ExtraCost = NO_EXTRA_COST
     importance_memory: Literal["group", "weight"] = "group"
+
+    @property
+    def trains(self) -> bool:
+        """Whether any step changes a weight: an optimizer's moments then take room throughout."""
+        return self.start.steps + self.end.steps > 0
 
     @classmethod
     def of(
@@ -89,13 +96,15 @@ class JobSetting:
         cut = places[0] if places else len(program.phases) - 1
         shares, first = [], 0
         for phases in (program.phases[:cut], program.phases[cut:]):
-            steps = estimates = 0
+            steps = passes = estimates = 0
             for phase in phases:
                 last = first + phase.steps
                 if phase.estimate and importance_every is not None:
                     estimates += last // importance_every - first // importance_every
-                steps, first = steps + phase.steps, last
-            shares.append(Share(steps, estimates))
+                steps += phase.steps if phase.trains else 0
+                passes += 0 if phase.trains else phase.steps
+                first = last
+            shares.append(Share(steps, passes, estimates))
         return cls(
             start=shares[0],
             end=shares[1],
@@ -279,6 +288,12 @@ class ShapeAsk:
         shape, setting, extra = self._clock, self._job.step, self._job.extra
         step = work_of_sums(shape, kept, rank, setting)
         flops, moved, launches = share.steps * step.flops, share.steps * step.memory_bytes, share.steps * step.launches
+        if share.passes:
+            one = work_of_sums(shape, kept, rank, replace(setting, optimizer="none"))
+            flops = flops + share.passes * one.flops
+            moved = moved + share.passes * one.memory_bytes
+            launches = launches + share.passes * one.launches
+            step = step if self._job.trains else one
         peak = step.peak_memory_bytes
         if self._job.estimates:
             estimate = importance_work(shape, kept, rank)

@@ -106,11 +106,12 @@ def peak_memory_bytes(
 ) -> FloatArray:
     """Highest memory use of a step; with `constants` of shape (S,), of each of their samples."""
     parts = memory_parts(shape, kept, rank, setting)
+    moments = 2 * TRAINED_BYTES if setting.optimizer == "none" else 0  # of AdamW, which are then not there
     if constants is None:
-        state = TRAINED_STATE_BYTES * parts.trained
+        state = (TRAINED_STATE_BYTES - moments) * parts.trained
         return FRAMEWORK_BYTES + parts.settled + ACTIVATION_GROWTH * parts.activations + state
     framework, growth, state_bytes = constants
-    return framework + parts.settled + growth * parts.activations + state_bytes * parts.trained
+    return framework + parts.settled + growth * parts.activations + (state_bytes - moments) * parts.trained
 
 
 class MemoryConstants(NamedTuple):

@@ -14,7 +14,7 @@ from fedsim.structure import ModelShape
 
 Tuning = Literal["lora", "full", "adapter", "inference"]
 Precision = Literal["fp32", "fp16"]
-Optimizer = Literal["fused", "per_tensor"]
+Optimizer = Literal["fused", "per_tensor", "none"]
 
 BYTES_PER_VALUE = {"fp32": 4, "fp16": 2}
 HEAD_ROLES = frozenset({"query", "key", "value", "attention_out"})
@@ -42,7 +42,7 @@ class StepSetting:
         cached_activations: the frozen layers below are neither held nor run: what they gave was kept on storage.
         adapter_width: of the bottleneck, in adapter tuning.
         optimizer: ``fused``, the least that AdamW can move; ``per_tensor``, a loop over tensors as PyTorch ran it
-            before its foreach and fused versions.
+            before its foreach and fused versions; ``none``, gradients that change no weight.
         dropout: whether dropout is on, as in the published peaks; off, its masks and dropped copies are not kept.
     """
 
@@ -69,7 +69,7 @@ class StepSetting:
         if self.tuning not in get_args(Tuning):
             raise ConfigError(f"tuning is '{self.tuning}'; allowed are {', '.join(get_args(Tuning))}")
         if self.optimizer not in get_args(Optimizer):
-            raise ConfigError(f"optimizer is '{self.optimizer}'; allowed are {' and '.join(get_args(Optimizer))}")
+            raise ConfigError(f"optimizer is '{self.optimizer}'; allowed are {', '.join(get_args(Optimizer))}")
         self._check_what_training_alone_knows()
         if self.train_top_layers is not None and self.train_top_layers < 0:
             raise ConfigError(f"train_top_layers is {self.train_top_layers}; it must be at least 0")

@@ -278,6 +278,9 @@ def _with_optimizer(work: _Counts, shape: ModelShape, kept: KeptSums, rank: Arra
     if setting.optimizer == "per_tensor":
         passes = PER_TENSOR_PASSES
         launches += PER_TENSOR_LAUNCHES * trained_tensors(shape, setting, kept) - OPTIMIZER_LAUNCHES
+    elif setting.optimizer == "none":
+        passes = 0
+        launches -= OPTIMIZER_LAUNCHES
     # Every batch after the first adds to the gradients: two reads and a write.
     passes += (batches - 1) * ACCUMULATION_PASSES
     return _Counts(batches * work.flops, batches * work.moved + passes * TRAINED_BYTES * trained, launches)

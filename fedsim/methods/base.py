@@ -43,7 +43,7 @@ def refuses_nothing(config: Config) -> Iterator[str]:
 def scheduled_rate(round_index: int, config: Config) -> float:
     """What ``train.schedule`` gives a round: linear decay over all, so that the last round still learns a little."""
     train, rounds = config.train, config.server.rounds
-    decay = 1.0 - round_index / rounds if train.schedule == "linear" else 1.0
+    decay = max(0.0, 1.0 - round_index / rounds) if train.schedule == "linear" else 1.0
     return train.learning_rate * decay
 
 

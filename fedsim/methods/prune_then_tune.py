@@ -4,8 +4,9 @@ Source: named by FedSpine (arXiv 2501.02438) as a sequential rival; tuning is Fe
 
 Unspecified in the paper; we chose: round 0 is the importance pass. Its participants run tau forward and backward
 passes that change no weight and send their group scores; the server averages them and cuts the whole fleet to
-``prune.target`` by one common mask. The pass takes its time on the clock. From round 1 on it is FedIT, and importance
-is neither estimated nor paid for. The learning rate's schedule runs over all rounds, as for every method.
+``prune.target`` by one common mask. The pass takes its time on the clock (no optimizer runs in it). From round 1 on it
+is FedIT, and importance is neither estimated nor paid for. The learning rate's schedule runs over all rounds, as for
+every method.
 
 Also ours: the criterion is ``activation_gradient``, where other methods take ``lora_guided``. With ``B = 0`` LoRA's
 gradients say little of what matters once tuned, and a rival should not lose by our choice of criterion: on the

@@ -9,6 +9,8 @@ from fedsim.contracts.program import ExtraCost, LocalProgram, Phase
 from fedsim.cost.ask import JobSetting, ShapeAsk, Share
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import (
+    ADAMW_PASSES,
+    OPTIMIZER_LAUNCHES,
     StepSetting,
     importance_work,
     kept_sums,
@@ -243,9 +245,14 @@ def test_estimates_are_counted_over_the_whole_job_where_a_phase_estimates():
     """Every third step of 2 + 5 + 4; the first phase estimates nothing, and the cut comes before the last."""
     phases = (Phase(2, 1e-3), Phase(5, 1e-3, estimate=True), Phase(4, 1e-3, estimate=True, cut_before=True))
     job = JobSetting.of(LocalProgram(phases), STEP, 3, sends_scores=True)
-    assert (job.start, job.end) == (Share(7, 2), Share(4, 1))
+    assert (job.start, job.end) == (Share(7, 0, 2), Share(4, 0, 1))
     quiet = JobSetting.of(LocalProgram((Phase(11, 1e-3),)), STEP, 3, sends_scores=True)
-    assert (quiet.start, quiet.end, quiet.estimates, quiet.sends_scores) == (Share(0, 0), Share(11, 0), False, False)
+    assert (quiet.start, quiet.end, quiet.estimates, quiet.sends_scores) == (
+        Share(0, 0, 0),
+        Share(11, 0, 0),
+        False,
+        False,
+    )
 
 
 def test_the_rate_costs_nothing():
@@ -253,3 +260,21 @@ def test_the_rate_costs_nothing():
     one, other = (JobSetting.of(LocalProgram((Phase(4, rate),)), STEP, None, sends_scores=False) for rate in (0.1, 0.2))
     assert one == other
     assert hash(one) == hash(other)
+
+
+def test_a_pass_that_changes_no_weight_pays_for_no_optimizer():
+    """Gradients as in any step; none of AdamW's traffic, launches and moments."""
+
+    def work(*trains):
+        program = LocalProgram(tuple(Phase(5, 1e-3, estimate=True, trains=own) for own in trains))
+        return ShapeAsk(BASE, BASE, JobSetting.of(program, STEP, 5, sends_scores=True), RANKS).work(0.0, 0.0, 8)
+
+    steps, passes, mixed = work(True, True), work(False, False), work(True, False)
+    weights = float(lora_weights(BASE, kept_sums(BASE, STEP, [1.0], [1.0]), 8)) + BASE.head_weights
+    assert float(steps.flops) == float(passes.flops)
+    assert float(steps.memory_bytes - passes.memory_bytes) == pytest.approx(10 * ADAMW_PASSES * 4 * weights, rel=1e-6)
+    assert float(steps.launches - passes.launches) == pytest.approx(10 * OPTIMIZER_LAUNCHES)
+    assert float(steps.peak_memory_bytes - passes.peak_memory_bytes) == pytest.approx(2 * 4 * weights, rel=1e-6)
+    assert float(mixed.memory_bytes) == pytest.approx(float(steps.memory_bytes + passes.memory_bytes) / 2)
+    assert float(mixed.peak_memory_bytes) == float(steps.peak_memory_bytes)
+    assert float(steps.upload_bytes) == float(passes.upload_bytes)

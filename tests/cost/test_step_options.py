@@ -97,7 +97,7 @@ def test_a_loop_over_tensors_moves_and_launches_more():
         ({"cached_activations": True}, "cached_activations needs train_top_layers"),
         ({"tuning": "inference", "checkpointing": True}, "checkpointing is not allowed in inference"),
         ({"tuning": "inference", "micro_batches": 2}, "micro_batches is 2; it is not allowed in inference"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed are fused and per_tensor"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; allowed are fused, per_tensor, none"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes, said):
