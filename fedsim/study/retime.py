@@ -33,7 +33,7 @@ from fedsim.methods.catalogue import method_named
 from fedsim.records.columns import schema_of
 from fedsim.records.folder import RunDirectory, check_usable
 from fedsim.records.reader import Run
-from fedsim.runner.build import build_ask
+from fedsim.runner.build import priced
 from fedsim.runner.config import build_config, config_hash, config_yaml
 from fedsim.runner.run import perturbation
 from fedsim.settings import Config
@@ -116,16 +116,14 @@ def jobs_of(run: Run, config: Config) -> Jobs:
         raise RunError(f"run '{run.path}' has no records of its clients (records.client_rounds): no job can be priced")
     rows = rows.sort_values(["round", "client"], kind="stable")
     index = rows["round"].to_numpy(dtype=np.int64)
-    method = method_named(config.method)
-    asks = _asks(config, _outputs(config, rows))
+    ask_at = _asks(config, _outputs(config, rows))
     columns = {name: np.zeros(len(rows)) for name in Work.__dataclass_fields__}
-    for estimates in (True, False):
-        chosen = np.array([method.estimates(int(one), config) == estimates for one in np.unique(index)])
-        places = chosen[np.searchsorted(np.unique(index), index)]
-        if not places.any():
-            continue
+    merges, merge_of = np.unique(index, return_inverse=True)
+    asks = [ask_at(int(one)) for one in merges]
+    for ask in dict.fromkeys(asks):  # one for all merges whose jobs cost alike
+        places = np.array([one is ask for one in asks])[merge_of]
         own = rows[places]
-        work = asks[estimates].work(
+        work = ask.work(
             own["ratio_before"].to_numpy(), own["prune_ratio_target"].to_numpy(), own["lora_rank"].to_numpy()
         )
         for name, column in columns.items():
@@ -140,24 +138,25 @@ def jobs_of(run: Run, config: Config) -> Jobs:
     )
 
 
-def _asks(config: Config, outputs: int) -> dict[bool, ShapeAsk]:
-    """What jobs demand, by whether the method estimates importance at that time."""
+def _asks(config: Config, outputs: int) -> Callable[[int], ShapeAsk]:
+    """What jobs demand that were sent off with a version."""
     method = method_named(config.method)
     shape = load_shape(config.model.name, outputs)
     clock_shape = load_shape(config.cost.model, outputs) if config.cost.model else shape
-    return {flag: build_ask(config, method, shape, clock_shape, estimates=flag) for flag in (True, False)}
+    ask_of = priced(config, method, shape, clock_shape)
+    return lambda version: ask_of(method.local_program(version, config))
 
 
 def _outputs(config: Config, rows: pd.DataFrame) -> int:
     """Outputs of the classifier, which no record names: by the bytes that an update of known arms took; 0: no head."""
     if config.data.task == "causal_lm":
         return 0
-    estimates = method_named(config.method).estimates(int(rows["round"].iloc[0]), config)
     sent = rows[rows["outcome"] == Outcome.OK.label].iloc[:1]
     if sent.empty or config.train.engine in ("none", "surrogate"):
         return 2
     arms = [sent[name].to_numpy() for name in ("ratio_before", "prune_ratio_target", "lora_rank")]
-    two, three = (float(_asks(config, labels)[estimates].work(*arms).upload_bytes[0]) for labels in (2, 3))
+    version = int(sent["round"].iloc[0])
+    two, three = (float(_asks(config, labels)(version).work(*arms).upload_bytes[0]) for labels in (2, 3))
     return 2 + round((float(sent["bytes_up"].iloc[0]) - two) / (three - two))
 
 

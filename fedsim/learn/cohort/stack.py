@@ -85,7 +85,6 @@ class CohortStack:
         if any(base_key(adapter) != base_key(members[0].adapter) for adapter, _ in places):
             raise ValueError("members of one cohort share their frozen weights, and with them all merged updates")
         self.base = base
-        self._targets = {linear.name: linear for linear in base.targets}
         self.watched: dict[str, torch.Tensor] | None = None
         self._full = {
             name: (with_merged(weight, merged.get(name)), bias) for name, (weight, bias) in base.frozen.items()
@@ -94,10 +93,8 @@ class CohortStack:
         self.members = tuple(members)
         self.ranks = np.array([member.rank for member in members])
         self.widths = self._widths([member.structure for member in members])
-        self.factors: dict[str, StackedFactors] = {
-            linear.name: self._first_factors(places, linear) for linear in base.targets
-        }
-        self.head = self._first_head()
+        self.factors = {linear.name: self._first_factors(places, linear) for linear in base.targets}
+        self.head = _first_heads(base, members)
         self._refresh()
 
     @property
@@ -122,13 +119,13 @@ class CohortStack:
 
     def now(self) -> Trained:
         """What is trained, as objectives read it: zeros where a mask hides the feature."""
-        return Trained({name: self._shown(name, pair) for name, pair in self.factors.items()}, self.head)
+        return self._seen(self.factors, self.head)
 
     def at_start(self) -> Trained:
         """The same as the stack was made, at the present widths."""
-        places = _by_adapter(self.members)
-        pairs = {linear.name: self._first_factors(places, linear) for linear in self.base.targets}
-        return Trained({name: self._shown(name, pair) for name, pair in pairs.items()}, self._first_head())
+        own = _by_adapter(self.members)
+        factors = {linear.name: self._first_factors(own, linear) for linear in self.base.targets}
+        return self._seen(factors, _first_heads(self.base, self.members))
 
     def require_grad(self) -> None:
         """Make leaves of the trained tensors."""
@@ -203,20 +200,15 @@ class CohortStack:
     def _widths(self, structures: Sequence[Structure]) -> Widths:
         return Widths.of(self.base.backbone.shape, structures, self.base.sliced, self.base.backbone.device)
 
-    def _shown(self, name: str, pair: StackedFactors) -> StackedFactors:
-        """Factors of one target with zeros where a mask hides the feature."""
-        linear = self._targets[name]
-        if self.base.sliced or self._group_masks(linear).all():
-            return pair
-        a, b = pair
-        kept = torch.from_numpy(self._feature_masks(linear)).to(a).unsqueeze(1)
-        return (a * kept, b) if linear.role in COLUMN_PRUNED else (a, b * kept)
-
-    def _first_head(self) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.stack([member.adapter.head[name].to(self.base.dtype) for member in self.members])
-            for name in self.base.backbone.head_names
-        }
+    def _seen(self, factors: Mapping[str, StackedFactors], head: Mapping[str, torch.Tensor]) -> Trained:
+        """With zeros where a mask hides a feature of the factors."""
+        seen = dict(factors)
+        for linear in self.base.targets:
+            if not (self.base.sliced or self._group_masks(linear).all()):
+                a, b = factors[linear.name]
+                kept = torch.from_numpy(self._feature_masks(linear)).to(a).unsqueeze(1)
+                seen[linear.name] = (a * kept, b) if linear.role in COLUMN_PRUNED else (a, b * kept)
+        return Trained(seen, head)
 
     def _first_factors(self, places: Sequence[tuple[Adapter, list[int]]], linear: PrunableLinear) -> StackedFactors:
         base, highest = self.base, int(self.ranks.max())
@@ -271,6 +263,13 @@ class CohortStack:
 def base_key(adapter: Adapter) -> int:
     """Equal for adapters whose merged updates are the same object, or that have none: they share frozen weights."""
     return id(adapter.merged) if adapter.merged else 0
+
+
+def _first_heads(base: Base, members: Sequence[Member]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.stack([member.adapter.head[name].to(base.dtype) for member in members])
+        for name in base.backbone.head_names
+    }
 
 
 def _by_adapter(members: Sequence[Member]) -> list[tuple[Adapter, list[int]]]:
