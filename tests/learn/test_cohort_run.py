@@ -40,7 +40,7 @@ def reference(tmp_path_factory):
     return run(tmp_path_factory.mktemp("runs") / "reference", **{"train.engine": "reference"})
 
 
-LEARNED = ["loss_before", "loss_after", "reward"]
+LEARNED = ["loss_before", "loss_after", "reward", "lora_importance", "reward_loss", "reward_importance"]
 
 
 @pytest.mark.parametrize("engine", ["auto", "masked"])
@@ -53,6 +53,7 @@ def test_engines_agree_on_a_whole_run(auto, reference, tmp_path, engine):
     assert want["prune_ratio"].max() > 0.4
     for column in LEARNED:
         np.testing.assert_allclose(rows[column], want[column], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(rows["lora_importance"], want["lora_importance"], rtol=1e-3)  # all of it is below 1e-4
     accuracy, expected = mine.rounds["accuracy"].dropna(), reference.rounds["accuracy"].dropna()
     assert len(accuracy) == 3
     np.testing.assert_allclose(accuracy, expected, atol=2 / 60)  # two of the 60 test sentences
