@@ -1,7 +1,7 @@
 """The command line. Parsing loads nothing heavy; each command imports what it needs.
 
-Exit codes: 0 done, 1 cells of a sweep failed, 2 something the user can mend (one sentence on standard error), 130
-interrupted.
+Exit codes: 0 done, 1 cells of a sweep failed or a checked run is not sound, 2 something the user can mend (one sentence
+on standard error), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -252,6 +252,15 @@ def _export(arguments: argparse.Namespace) -> None:
     print(result.as_text())
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    from fedsim.study.check_run import check_run
+
+    _import_own(arguments)
+    found = check_run(arguments.run)
+    print(found.as_text())
+    return 0 if found.is_sound else 1
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     from fedsim.bench.all_sections import bench
     from fedsim.bench.options import Options
@@ -372,6 +381,7 @@ _ACTIONS: dict[str, Action] = {
     "report": _report,
     "fit-surrogate": _fit_surrogate,
     "export": _export,
+    "check": _check,
     "bench": _bench,
     "devices": _devices,
     "estimate": _estimate,

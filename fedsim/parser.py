@@ -151,6 +151,17 @@ def _export(commands: Commands) -> None:
     _add_import(export)
 
 
+def _check(commands: Commands) -> None:
+    check = commands.add_parser(
+        "check",
+        help="is a finished run what it says: digests of its files, and what must hold in its records",
+        description="Compare the files of a finished run with their digests, and its records with each other: seconds "
+        "of each client, versions, sums of each round, the trace's hash. Exit code 1 where anything is wrong.",
+    )
+    check.add_argument("run", metavar="RUN", type=user_path, help="run directory, finished")
+    _add_import(check)
+
+
 def _bench(commands: Commands) -> None:
     bench = commands.add_parser(
         "bench",
@@ -276,6 +287,7 @@ _COMMANDS = (
     _report,
     _surrogate,
     _export,
+    _check,
     _bench,
     _devices,
     _estimate,

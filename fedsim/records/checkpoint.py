@@ -1,6 +1,6 @@
 """Checkpoints: named arrays and a little JSON, complete or absent.
 
-``<directory>/round-000012/`` holds ``state.safetensors`` and ``meta.json`` (with the state's SHA-256). Both are written
+``<directory>/round-000012/`` holds ``state.safetensors`` and ``meta.json`` (with the SHA-256 of both). They are written
 in a temporary folder, forced to disk, and the folder is renamed: killed at any moment, the previous one still loads.
 No pickle.
 
@@ -82,7 +82,12 @@ def save_checkpoint(directory: Path, next_round: int, state: Mapping[str, np.nda
         arrays[name] = np.ascontiguousarray(little).reshape(array.shape)
     content = save(arrays)
     text = json_text(
-        {"next_round": next_round, "state_sha256": hashlib.sha256(content).hexdigest(), "meta": dict(meta)}
+        {
+            "next_round": next_round,
+            "state_sha256": hashlib.sha256(content).hexdigest(),
+            "meta": dict(meta),
+            "meta_sha256": _meta_sha256(meta),
+        }
     )
     target = directory / f"round-{next_round:06d}"
     temporary = directory / f".{target.name}{TEMPORARY_SUFFIX}"
@@ -143,6 +148,11 @@ def load_checkpoint(directory: Path) -> tuple[int, dict[str, np.ndarray], dict[s
     return next_round, dict(state), record["meta"]
 
 
+def _meta_sha256(meta: Mapping[str, Any]) -> str:
+    """Of the values, whatever the spelling of the file."""
+    return hashlib.sha256(json_text(dict(meta)).encode("utf-8")).hexdigest()
+
+
 def _complete_names(directory: Path) -> list[tuple[int, Path]]:
     """Checkpoint folders, oldest first. Temporary ones have other names."""
     if not directory.is_dir():
@@ -186,4 +196,6 @@ def _read_meta(path: Path, next_round: int, remedy: str) -> dict[str, Any]:
     whole = isinstance(record, dict) and isinstance(record.get("meta"), dict) and "state_sha256" in record
     if not whole or record.get("next_round") != next_round:
         raise RunError(f"checkpoint file '{path}' is damaged (round, hash or content missing): {remedy}")
+    if record.get("meta_sha256", _meta_sha256(record["meta"])) != _meta_sha256(record["meta"]):
+        raise RunError(f"checkpoint file '{path}' is damaged (its SHA-256 is not the recorded one): {remedy}")
     return record

@@ -16,6 +16,7 @@ from fedsim.errors import RunError
 from fedsim.files import atomic_write_json, atomic_write_text, parse_json, writing
 from fedsim.locks import acquire, release
 from fedsim.places import user_path
+from fedsim.records.manifest import Manifest
 from fedsim.records.own_files import (
     CONFIG_MARK,
     is_config_of_run,
@@ -49,11 +50,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise RunError(f"cannot read '{file}': {error.strerror or error}") from error
     except ValueError:
         raise RunError(f"'{file}' is damaged (not valid JSON): restore it, or start afresh with --force") from None
-    if not isinstance(manifest, dict) or manifest.get("status") not in ("running", "stopped", "finished"):
-        raise RunError(
-            f"'{file}' is damaged (no status of running, stopped or finished): restore it, or start afresh with --force"
-        )
-    return manifest
+    Manifest.of(manifest, file)
+    return dict(manifest)
 
 
 class RunDirectory:

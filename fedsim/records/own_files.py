@@ -22,7 +22,7 @@ CONFIG_MARK = "# The resolved configuration of this run, written by fedsim.\n"
 _TABLES = r"(rounds|client_rounds|events)"
 _TOP = re.compile(rf"manifest\.json|config\.yaml|{_TABLES}\.parquet")
 _INSIDE = {
-    "parts": re.compile(r"[a-z_]+-\d+.*\.parquet"),
+    "parts": re.compile(r"[a-z_]+-\d+.*\.parquet|digests-\d+.*\.json"),
     "checkpoint": re.compile(r"round-\d{6,}|\.round-\d{6,}.*"),
     "adapter": re.compile(r"adapter_model\.safetensors|adapter_config\.json|head\.safetensors"),
     "tensorboard": re.compile(r"events\.out\.tfevents\..*"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +19,9 @@ from fedsim.errors import RunError
 from fedsim.places import user_path
 from fedsim.records.columns import TABLES, schema_of
 from fedsim.records.folder import CONFIG, MANIFEST, PARTS, SWEEP_BOOK, read_manifest
+from fedsim.records.integrity import list_part_digests, read_part_digests, verify
 from fedsim.records.lost import LostUpdates, lost_updates
+from fedsim.records.manifest import FileDigest, Manifest
 from fedsim.records.writer import list_parts
 from fedsim.text import seconds_text
 from fedsim.yaml_text import YamlError, read_yaml
@@ -27,9 +29,15 @@ from fedsim.yaml_text import YamlError, read_yaml
 _AFRESH = "delete the folder and run it again; for a sweep's cell the same sweep command runs it again"
 
 
+_OTHER = "restore it from a copy, or read it with the version that wrote it"
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run on disk. Tables are read when first asked for; see `fedsim.records.writer` for their columns.
+    """A run on disk. Tables are read when first asked for, and compared with the digests taken when they were closed.
+
+    See `fedsim.records.columns` for their columns: one that a run of another version lacks is null throughout, one that
+    is not known here is left out.
 
     Attributes:
         path: the run directory.
@@ -55,6 +63,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return bool(self.manifest["status"] == "finished")
+
+    @cached_property
+    def stated(self) -> Manifest:
+        """The manifest as a typed record."""
+        return Manifest.of(self.manifest, Path(self.path) / MANIFEST)
 
     @cached_property
     def rounds(self) -> pd.DataFrame:
@@ -141,17 +154,47 @@ class Run:
         if not self.has(table):
             raise RunError(f"run '{self.path}' has no {table}: it ran with records.{table}: false")
         schema = schema_of(table) if only is None else pa.schema([schema_of(table).field(name) for name in only])
-        joined = self.path / f"{table}.parquet"
+        joined = Path(self.path) / f"{table}.parquet"
         parts = [joined] if self.finished else self._closed_parts(table)
         try:
-            tables = [pq.read_table(path, columns=only).cast(schema) for path in parts]
+            for path in parts:
+                self._verify(path)
+            tables = [_read_columns(path, schema) for path in parts]
         except FileNotFoundError as error:
             raise RunError(
                 f"records file '{error.filename or joined}' of run '{self.path}' is missing: {_AFRESH}"
             ) from None
-        except (pa.ArrowInvalid, ValueError) as error:
-            raise RunError(f"records '{table}' of run '{self.path}' are damaged ({error}): {_AFRESH}") from None
+        except (pa.ArrowException, OSError, ValueError) as error:
+            why = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            if not self.stated.is_of_this_version:
+                raise RunError(
+                    f"records '{table}' of run '{self.path}' cannot be read ({why}), {self.stated.origin}: {_OTHER}"
+                ) from None
+            raise RunError(f"records '{table}' of run '{self.path}' are damaged ({why}): {_AFRESH}") from None
         return (pa.concat_tables(tables) if tables else schema.empty_table()).to_pandas()
+
+    def _verify(self, path: Path) -> None:
+        """Compare a file with its digest, once."""
+        if path in self._verified:
+            return
+        ours = self.stated.is_of_this_version
+        cure, origin = (_AFRESH, "") if ours else (_OTHER, self.stated.origin)
+        try:
+            verify(path, self._digests.get(path.name), cure, origin)
+        except RunError:
+            if read_manifest(self.path) != self.manifest:
+                raise RunError(f"run '{self.path}' was written anew since it was loaded: load it again") from None
+            raise
+        self._verified.add(path)
+
+    @cached_property
+    def _digests(self) -> Mapping[str, FileDigest]:
+        """By name: of joined tables, or of the parts of an unfinished run."""
+        return self.stated.files if self.finished else read_part_digests(self.path / PARTS, _AFRESH)
+
+    @cached_property
+    def _verified(self) -> set[Path]:
+        return set()
 
     def _closed_parts(self, table: str) -> list[Path]:
         """Parts of rounds that every table has: a run stopped while closing a part holds only some of its tables."""
@@ -159,7 +202,22 @@ class Run:
         reached = {name: 0 for name in TABLES if self.has(name)}
         for _, name, _, end in parts:
             reached[name] = max(reached.get(name, 0), end)
+        if self.stated.schema_version > 0:
+            # Digests come last: parts without are still being closed, by a process at work or by one that was killed.
+            reached["digests"] = max((end for _, end in list_part_digests(self.path / PARTS)), default=0)
         return [path for path, name, _, end in parts if name == table and end <= min(reached.values())]
+
+
+def _read_columns(path: Path, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`; those that the file lacks are null."""
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        held = file.read(columns=[name for name in schema.names if name in file.schema_arrow.names])
+        rows = file.metadata.num_rows
+    columns = [
+        held[field.name].cast(field.type) if field.name in held.column_names else pa.nulls(rows, field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def load(path: str | Path) -> Run:

@@ -25,6 +25,8 @@ from fedsim.errors import RunError
 from fedsim.files import replacing, sync_folder, writing
 from fedsim.records.columns import TABLES, columns_by_code, schema_of
 from fedsim.records.folder import PARTS
+from fedsim.records.integrity import digest_of, list_part_digests, read_part_digests, verify, write_part_digests
+from fedsim.records.manifest import FileDigest
 from fedsim.settings import RecordSettings
 from fedsim.sim.accounting import client_seconds, idle_fraction
 
@@ -147,9 +149,13 @@ class RecordWriter:
         self._part_rows = part_rows
         self._waiting: dict[str, list[pa.Table]] = {table: [] for table in self._tables}
         self._waiting_rows = 0
+        self._is_open = False
         with writing(self._parts):
             self._parts.mkdir(exist_ok=True)
             for path, _, _, end in list_parts(self._parts):
+                if end > next_round:
+                    path.unlink()
+            for path, end in list_part_digests(self._parts):
                 if end > next_round:
                     path.unlink()
             for leftover in self._parts.glob(".*.tmp"):
@@ -157,6 +163,7 @@ class RecordWriter:
             sync_folder(self._parts)
         for table in self._tables:
             self._check_complete(table)
+        self._is_open = True
 
     def append_round(self, arrivals: Arrivals, learned: Learned, block: EventBlock, host_s: float) -> None:
         """Take the rows of one round; written now only if many wait.
@@ -191,6 +198,7 @@ class RecordWriter:
             raise ValueError(f"part closed at round {next_round} where round {self._next_round + waiting} comes next")
         if not waiting:
             return
+        digests = {}
         for table, rows in self._waiting.items():
             path = self._parts / f"{table}-{self._next_round:06d}-{next_round:06d}.parquet"
             part = pa.concat_tables(rows)
@@ -203,38 +211,49 @@ class RecordWriter:
                     row_group_size=ROW_GROUP,
                     use_dictionary=columns_by_code(table),
                     write_statistics=False,
+                    write_page_checksum=True,
                 )
+                digests[path.name] = digest_of(temporary)
+        write_part_digests(self._parts, self._next_round, next_round, digests)
         self._waiting = {table: [] for table in self._tables}
         self._waiting_rows = 0
         self._next_round = next_round
 
-    def join(self) -> None:
+    def join(self) -> dict[str, FileDigest]:
         """Join the parts into ``<table>.parquet``, streaming; the parts stay until `remove_parts`.
 
+        Returns:
+            The digests of the joined files, by name.
         Raises:
             ValueError: rows are waiting that no part holds yet.
             RunError: a part is missing or damaged, full disk, or a folder that cannot be written.
         """
         if self._waiting["rounds"]:
             raise ValueError("close_part must come before join")
+        digests = {}
         for table in self._tables:
             self._check_complete(table)
             paths = [path for path, name, _, _ in list_parts(self._parts) if name == table]
             with replacing(self._directory / f"{table}.parquet") as temporary:
                 _join(paths, temporary, table)
+                digests[f"{table}.parquet"] = digest_of(temporary)
+        return digests
 
     def remove_parts(self) -> None:
         """Delete the parts, once they are joined and the manifest says so."""
         with writing(self._parts):
             shutil.rmtree(self._parts)
 
-    def finish(self) -> None:
-        """`join`, then `remove_parts`."""
-        self.join()
+    def finish(self) -> dict[str, FileDigest]:
+        """`join`, then `remove_parts`; returns the digests."""
+        digests = self.join()
         self.remove_parts()
+        return digests
 
     def _check_complete(self, table: str) -> None:
         reached = 0
+        # Of what this process closed, page checksums are compared as it is joined: to hash it again takes time.
+        digests = {} if self._is_open else read_part_digests(self._parts, _CURE)
         for path, name, start, end in list_parts(self._parts):
             if name != table:
                 continue
@@ -243,7 +262,8 @@ class RecordWriter:
                     f"records of rounds {reached} to {start - 1} are missing before '{path}': "
                     "start the run afresh with --force"
                 )
-            _check_readable(path)
+            verify(path, digests.get(path.name), _CURE)
+            _check_readable(path, end - start if table == "rounds" else None)
             reached = end
         if reached != self._next_round:
             raise RunError(
@@ -252,6 +272,7 @@ class RecordWriter:
             )
 
 
+_CURE = "start afresh with --force"
 _PART_NAME = re.compile(r"([a-z_]+)-(\d{6,})-(\d{6,})\.parquet")
 
 
@@ -264,33 +285,55 @@ def list_parts(folder: Path) -> list[tuple[Path, str, int, int]]:
     return sorted(found, key=lambda part: part[1:])
 
 
+def write_joined(directory: Path, table: str, rows: pa.Table) -> FileDigest:
+    """Write a whole table as `RecordWriter.join` would; returns its digest.
+
+    Raises:
+        RunError: full disk, or a folder that cannot be written.
+    """
+    with replacing(directory / f"{table}.parquet") as temporary:
+        pq.write_table(rows.cast(schema_of(table)), temporary, row_group_size=ROW_GROUP, **_joined_options(table))
+        return digest_of(temporary)
+
+
+def _joined_options(table: str) -> dict[str, Any]:
+    return {"compression": "zstd", "use_dictionary": columns_by_code(table), "write_page_checksum": True}
+
+
 def _damaged(path: Path, why: Exception) -> RunError:
-    return RunError(f"records file '{path}' is missing or damaged ({why}): start afresh with --force")
+    return RunError(f"records file '{path}' is missing or damaged ({why}): {_CURE}")
 
 
-def _check_readable(path: Path) -> None:
-    """Refuse a part whose footer cannot be read, before more rounds are spent on a run that could not be joined."""
+def _check_readable(path: Path, rows: int | None) -> None:
+    """Refuse a part whose footer cannot be read, before more rounds are spent on a run that could not be joined.
+
+    Args:
+        rows: how many it must have, where its name tells.
+    """
     try:
-        pq.ParquetFile(path).close()
-    except (pa.ArrowInvalid, OSError) as error:
+        found = pq.read_metadata(path).num_rows
+    except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
+    if rows is not None and found != rows:
+        raise RunError(f"records file '{path}' has {found} rows where its name says {rows} rounds: {_CURE}")
 
 
 def _join(paths: Sequence[Path], target: Path, table: str) -> None:
     """Stream parts into one file of row groups of `ROW_GROUP` rows, wherever the parts end."""
     schema = schema_of(table)
     waiting, count = [schema.empty_table()], 0
-    with pq.ParquetWriter(target, schema, compression="zstd", use_dictionary=columns_by_code(table)) as writer:
+    with pq.ParquetWriter(target, schema, **_joined_options(table)) as writer:
         for path in paths:
             try:
-                for batch in pq.ParquetFile(path).iter_batches(batch_size=ROW_GROUP):
+                part = pq.ParquetFile(path, page_checksum_verification=True)
+                for batch in part.iter_batches(batch_size=ROW_GROUP):
                     waiting.append(pa.Table.from_batches([batch]).cast(schema))
                     count += len(batch)
                     while count >= ROW_GROUP:
                         rows = pa.concat_tables(waiting)
                         writer.write_table(rows.slice(0, ROW_GROUP).combine_chunks(), row_group_size=ROW_GROUP)
                         waiting, count = [rows.slice(ROW_GROUP)], count - ROW_GROUP
-            except (pa.ArrowInvalid, FileNotFoundError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise _damaged(path, error) from None
         if count:
             writer.write_table(pa.concat_tables(waiting).combine_chunks(), row_group_size=ROW_GROUP)

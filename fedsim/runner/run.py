@@ -21,6 +21,8 @@ from fedsim.methods.catalogue import method_named
 from fedsim.places import user_path
 from fedsim.records.checkpoint import CheckpointPace, has_checkpoint, load_checkpoint, save_checkpoint
 from fedsim.records.folder import CHECKPOINT, CONFIG, MANIFEST, PARTS, RunDirectory, check_usable
+from fedsim.records.integrity import digests_of
+from fedsim.records.manifest import SCHEMA_VERSION, Manifest, installed_version
 from fedsim.records.reader import Run, load
 from fedsim.records.writer import RecordWriter, round_row
 from fedsim.resources import resource_folder
@@ -73,6 +75,7 @@ def run(
             if directory.manifest["status"] == "finished":
                 directory.remove_folder(PARTS)  # left by a kill after the manifest was written
                 return load(path)
+            _same_schema(directory)
             _same_draw(directory, profile_draw)
             _play(directory, checked, quiet, profile_draw)
         return load(path)
@@ -121,6 +124,16 @@ def _same_config(directory: RunDirectory, asked: Config) -> Config:
             "resume it with the same one, or start afresh with --force"
         )
     return asked  # equal but for trackers, which may change between two processes of a run
+
+
+def _same_schema(directory: RunDirectory) -> None:
+    """Refuse to go on with records of other columns than the run began with."""
+    kept = Manifest.of(directory.manifest, directory.path / MANIFEST)
+    if kept.schema_version != SCHEMA_VERSION:
+        raise RunError(
+            f"run '{directory.path}' is unfinished and was {kept.origin}: go on with the version that began it, or "
+            "start afresh with --force"
+        )
 
 
 def _same_draw(directory: RunDirectory, asked: int | None) -> None:
@@ -242,8 +255,9 @@ def _simulate(
             under_way=under_way,
         )
         # In this order: killed in between, the parts are still there and a resumed run joins them again.
-        writer.join()
+        files = writer.join()
         federation.export(directory.path / "adapter")
+        files |= digests_of(directory.path, (CHECKPOINT, "adapter"))
         sparsity, cohorts = federation.final_sparsity(), federation.cohorts()
         directory.write_manifest(
             {
@@ -256,6 +270,7 @@ def _simulate(
                 **({} if cohorts is None else {"cohorts": cohorts.facts()}),
                 "final_prune_ratio": {"mean": sparsity.mean, "low": sparsity.low, "high": sparsity.high},
                 "final_whole_model_sparsity": sparsity.mean * experiment.prunable_fraction,
+                "files": {name: digest.model_dump() for name, digest in files.items()},
             }
         )
         writer.remove_parts()
@@ -267,7 +282,8 @@ def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | 
     labels = [*method.labels, *experiment.labels]
     if profile_draw is not None:
         labels.append(f"device profiles drawn from their error bands (draw {profile_draw})")
-    return {
+    tree = {
+        "schema_version": SCHEMA_VERSION,
         "status": "running",
         "method": config.method,
         "seed": config.seed,
@@ -276,7 +292,7 @@ def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | 
         "config_hash": config_hash(config),
         "engine": config.train.engine,  # of a run that trains, the chosen one follows from the facts
         "versions": {
-            "fedsim": metadata.version("fedspine-sim"),
+            "fedsim": installed_version(),
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in _PACKAGES},
         },
@@ -285,6 +301,7 @@ def _first_manifest(config: Config, experiment: Experiment, profile_draw: int | 
         "profile_draw": profile_draw,
         **experiment.facts,
     }
+    return Manifest.model_validate(tree).tree()
 
 
 def _git_state() -> dict[str, object] | None:

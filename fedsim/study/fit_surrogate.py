@@ -285,7 +285,7 @@ def _fit_importance(
     """Within rounds only: each round's importances are known up to one factor."""
     known = np.isfinite(rows.importance) & (rows.importance > _LEAST_IMPORTANCE)
     if known.sum() < 30:
-        return None, ["no importance: it cannot be told from this run's rewards, so the reward goes without that term"]
+        return None, ["no importance: the run's records do not hold it, so the reward goes without that term"]
     number = rows.round_index[known]
     counts = np.maximum(np.bincount(number), 1)
 

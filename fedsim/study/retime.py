@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome
@@ -32,7 +31,9 @@ from fedsim.fleet.fleet_file import fleet_path
 from fedsim.methods.catalogue import method_named
 from fedsim.records.columns import schema_of
 from fedsim.records.folder import RunDirectory, check_usable
+from fedsim.records.manifest import SCHEMA_VERSION
 from fedsim.records.reader import Run
+from fedsim.records.writer import write_joined
 from fedsim.runner.build import priced
 from fedsim.runner.config import build_config, config_hash, config_yaml
 from fedsim.runner.run import perturbation
@@ -325,6 +326,7 @@ def retime_run(
             f"timed anew from a finished run ({said}): nothing was trained here",
         ],
         "retimed_from": {"run": run.path.name, "trace_hash": run.manifest.get("trace_hash"), **changed},
+        "schema_version": SCHEMA_VERSION,
         "simulated_s": float(times.end_s[-1]),
         "config_hash": config_hash(config),
         "fleet": fleet,
@@ -334,8 +336,9 @@ def retime_run(
             directory.write_text(name, text)
         directory.write_text("config.yaml", config_yaml(config))
         directory.write_manifest(manifest | {"status": "running"})
+        digests = {}
         for name, frame in (("rounds", rounds), ("client_rounds", clients)):
             table = pa.Table.from_pandas(frame, schema=schema_of(name), preserve_index=False)
-            pq.write_table(table, out / f"{name}.parquet")
-        directory.write_manifest(manifest)
+            digests[f"{name}.parquet"] = write_joined(out, name, table).model_dump()
+        directory.write_manifest(manifest | {"files": digests})
     return out

@@ -1,7 +1,7 @@
 """What a surrogate is fitted to: the rows of a finished run, with the inputs that its records do not state outright.
 
-Three things are recovered by playing the records again: each client's ratio when its job began, the fleet's mean
-squared ratio at each evaluation, and the LoRA importance, which is not recorded but stands in the reward.
+Two things are found by playing the records again: each client's achieved ratio when its job began (the one recorded is
+the asked one), and the fleet's mean squared ratio at each evaluation.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import numpy as np
 import pandas as pd
 
 from fedsim.contracts.common import FloatArray, IntArray
-from fedsim.control.reward import RewardModel
-from fedsim.control.schedule import default_step_max
 from fedsim.errors import RunError
 from fedsim.methods.catalogue import method_named
 from fedsim.methods.rates import rate_shares
@@ -26,9 +24,6 @@ LEAST_ROUNDS = 4
 LEAST_EVALUATIONS = 5
 """Four coefficients describe each tested quantity; fewer evaluations leave nothing over to judge them by."""
 
-_PHASES = ("wait_s", "download_s", "compute_s", "upload_s")
-_TOLERANCE = 1e-6
-
 
 @dataclass(frozen=True, eq=False)
 class SourceRows:
@@ -37,7 +32,7 @@ class SourceRows:
     Attributes:
         round_index, client, rank, dose, ratio_start, ratio, loss_before, loss_after: per trained job; `dose` is
             relative to that of a round at the full rate, ratios are achieved ones.
-        importance: over the largest of the round; NaN where it cannot be told.
+        importance: over the largest of the round; NaN where the records do not hold it.
         round_dose: dose of each round.
         evaluated: rounds with evaluation; accuracy, loss, accuracy_consensus: what was measured.
         mean_square_ratio: the fleet's, at each evaluation.
@@ -93,8 +88,8 @@ def source_rows(run: Run) -> SourceRows:
             raise RunError(f"{where} has {count} {what}; a surrogate needs at least {least}")
 
     clients = int((run.manifest.get("fleet") or {}).get("clients", table["client"].max() + 1))
-    table["ratio"], table["ratio_before"], table["asked_before"], square = _replayed(run, table, trained, clients)
-    importance = _importance(config, table, trained, clients)
+    table["ratio"], table["ratio_start"], square = _replayed(run, table, trained, clients)
+    importance = _importance(table, trained)
     train = config.train
     shares = rate_shares(method_named(config.method), config, len(rounds))
     own = table[trained]
@@ -106,7 +101,7 @@ def source_rows(run: Run) -> SourceRows:
         client=own["client"].to_numpy(dtype=np.int64),
         rank=own["lora_rank"].to_numpy(dtype=np.int64),
         dose=shares[number],
-        ratio_start=np.minimum(own["ratio_before"], own["ratio"]).to_numpy(),
+        ratio_start=np.minimum(own["ratio_start"], own["ratio"]).to_numpy(),
         ratio=own["ratio"].to_numpy(),
         loss_before=own["loss_before"].to_numpy(),
         loss_after=own["loss_after"].to_numpy(),
@@ -124,8 +119,8 @@ def source_rows(run: Run) -> SourceRows:
 
 def _replayed(
     run: Run, table: pd.DataFrame, trained: pd.Series, clients: int
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Ratio after the job, achieved and asked ratio before it (N,), and the fleet's mean squared ratio by round (R,).
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Achieved ratio after the job and before it (N,), and the fleet's mean squared ratio by round (R,).
 
     The last round's record holds the ratio after the final cut, which its losses never saw: there the asked one stands
     in. Clients outside the last round are taken to have been cut to the fleet's mean.
@@ -133,68 +128,23 @@ def _replayed(
     last = len(run.rounds) - 1
     in_last = (table["round"] == last).to_numpy()
     after = np.where(in_last, table["prune_ratio_target"], table["prune_ratio"])
-    before, asked_before = np.zeros(len(table)), np.zeros(len(table))
-    achieved, asked, square = np.zeros(clients), np.zeros(clients), np.zeros(last + 1)
+    before, achieved, square = np.zeros(len(table)), np.zeros(clients), np.zeros(last + 1)
     good = trained.to_numpy()
     for number, places in table.groupby("round").indices.items():
         who = table["client"].to_numpy()[places]
-        before[places], asked_before[places] = achieved[who], asked[who]
+        before[places] = achieved[who]
         kept = good[places]
         achieved[who[kept]] = after[places[kept]]
-        asked[who[kept]] = table["prune_ratio_target"].to_numpy()[places[kept]]
         square[int(number)] = float(np.mean(achieved**2))
     final = np.full(clients, float((run.manifest.get("final_prune_ratio") or {}).get("mean", achieved.mean())))
     cut = table[in_last & good]
     final[cut["client"]] = cut["prune_ratio"]
     square[last] = float(np.mean(final**2))
-    return after, before, asked_before, square
+    return after, before, square
 
 
-def _importance(config: Config, table: pd.DataFrame, trained: pd.Series, clients: int) -> FloatArray:
-    """Importance over the largest of its round, (N,), recovered from the rewards; NaN where they do not tell it.
-
-    The reward is linear in it: played again with an importance of one for all, the difference to the recorded reward is
-    what the importance lacks to one, times a known factor. Where that yields anything but numbers in [0, 1] with one in
-    each round, the rewards were not made this way, and nothing is said.
-    """
-    unknown = np.full(len(table), np.nan)
-    reward, method = config.reward, method_named(config.method)
-    weights = reward.weights
-    if reward.kind != "product" or weights[2] <= 0 or reward.time_share >= 1:
-        return unknown
-    asked = config.server.clients_per_round
-    step_max = config.prune.max_step or default_step_max(
-        config.prune_warmup_rounds,
-        config.prune_end_round,
-        config.prune.target,
-        clients=clients,
-        participants_per_round=clients if asked == "all" else asked,
-    )
-    target = config.prune.target if method.prunes else 0.0
-    model, found = RewardModel(reward, clients), unknown.copy()
-    for places in table.groupby("round").indices.values():
-        rows, here = table.iloc[places], trained.to_numpy()[places]
-        if not here.any():
-            continue
-        time_s = rows[list(_PHASES)].sum(axis=1).to_numpy()
-        before = rows["asked_before"].to_numpy()
-        at_one = model.compute(
-            loss_before=rows["loss_before"],
-            loss_after=rows["loss_after"],
-            ratio_before=before,
-            ratio=rows["prune_ratio_target"],
-            step_max=step_max,
-            target=target,
-            lora_importance=np.ones(len(rows)),
-            time_s=time_s,
-            arrived=here,
-        ).reward
-        mean_s = time_s[here].mean()
-        bracket = 1.0 + reward.time_penalty * np.abs(time_s - mean_s) / mean_s
-        in_use = weights[0] + weights[1] * (before < target - 1e-9) + weights[2]
-        factor = (1.0 - reward.time_share) * weights[2] / in_use / bracket
-        found[places] = np.where(here, 1.0 - (at_one - rows["reward"].to_numpy()) / factor, np.nan)
-    largest = pd.Series(found).groupby(table["round"]).max().dropna()
-    known = found[~np.isnan(found)]
-    sound = np.all((known > -_TOLERANCE) & (known < 1 + _TOLERANCE)) and np.all(np.abs(largest - 1) < _TOLERANCE)
-    return found if sound else unknown
+def _importance(table: pd.DataFrame, trained: pd.Series) -> FloatArray:
+    """Importance over the largest of its round, (N,); NaN where the records do not hold it."""
+    recorded = table["lora_importance"].astype(float).where(trained)
+    largest = recorded.groupby(table["round"]).transform("max")
+    return (recorded / largest.where(largest > 0)).to_numpy()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import yaml
 
 from fedsim.contracts.common import Labels, Outcome
@@ -13,6 +16,8 @@ from fedsim.contracts.control import Rewards, Work
 from fedsim.contracts.flights import Arrivals, Flights, Learned
 from fedsim.records.checkpoint import save_checkpoint
 from fedsim.records.folder import RunDirectory
+from fedsim.records.integrity import digest_of
+from fedsim.records.manifest import SCHEMA_VERSION
 from fedsim.records.writer import RecordWriter
 from fedsim.settings import Config
 
@@ -52,6 +57,7 @@ def config_of(method: str, seed: int, rounds: int = 30, **records: bool) -> Conf
 
 def manifest_of(config: Config, clients: int, **changes: object) -> dict[str, object]:
     return {
+        "schema_version": SCHEMA_VERSION,
         "status": "running",
         "method": config.method,
         "seed": config.seed,
@@ -152,7 +158,7 @@ def one_round(
         ratio=np.where(dropped, before, ratio),
         loss_before=0.7 * gone,
         loss_after=0.5 * gone,
-        lora_importance=2.0 * gone,
+        lora_importance=np.nan * gone,
         rewards=replace(Rewards.none(clients), reward=np.clip(generator.normal(0.5, 0.1, clients), 0, 1) * gone),
         outcome=outcome,
         accuracy=float(accuracy) if tested else None,
@@ -170,8 +176,8 @@ def play(
     clients: int = 80,
     stop_before: int | None = None,
     with_accuracy: bool = True,
-) -> float:
-    """Append rounds with a checkpoint after each; returns the simulated time reached."""
+) -> tuple[float, dict[str, dict[str, object]]]:
+    """Append rounds with a checkpoint after each; returns the simulated time reached, and the digests of its tables."""
     writer = RecordWriter(path, config.records, first)
     for index in range(first, config.server.rounds if stop_before is None else stop_before):
         arrivals, learned, block = one_round(config, index, now_s, clients)
@@ -181,9 +187,8 @@ def play(
         writer.append_round(arrivals, learned, block, host_s=0.25)
         writer.close_part(index + 1)
         save_checkpoint(path / "checkpoint", index + 1, {"now": np.array(now_s)}, {"now_s": now_s})
-    if stop_before is None:
-        writer.finish()
-    return now_s
+    files = writer.finish() if stop_before is None else {}
+    return now_s, {name: digest.model_dump() for name, digest in files.items()}
 
 
 def write_run(
@@ -204,7 +209,16 @@ def write_run(
     with RunDirectory.create(path, force=False) as directory:
         directory.write_text("config.yaml", yaml.safe_dump(config.model_dump(mode="json")))
         directory.write_manifest(fields)
-        simulated_s = play(path, config, clients=clients, stop_before=stop_before, with_accuracy=with_accuracy)
+        simulated_s, files = play(path, config, clients=clients, stop_before=stop_before, with_accuracy=with_accuracy)
         if stop_before is None:
-            directory.write_manifest({**fields, "status": "finished", "simulated_s": simulated_s})
+            directory.write_manifest({**fields, "status": "finished", "simulated_s": simulated_s, "files": files})
     return path
+
+
+def rewrite(path: Path, table: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """Put another table in the place of a finished run's, with its digest."""
+    file = path / f"{table}.parquet"
+    change(pd.read_parquet(file)).to_parquet(file, index=False)
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"] = {**manifest.get("files", {}), file.name: digest_of(file).model_dump()}
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

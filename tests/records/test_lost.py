@@ -1,9 +1,8 @@
 """Lost updates are counted from the records, however the run came to its end."""
 
 import numpy as np
-import pandas as pd
 import pytest
-from made_up import config_of, write_run
+from made_up import config_of, rewrite, write_run
 
 from fedsim.errors import RunError
 from fedsim.records.lost import LostUpdates, lost_updates
@@ -12,10 +11,7 @@ from fedsim.records.reader import Run, load
 
 def rewritten(path, outcomes):
     """The run at `path` with these outcomes in its records, in turn."""
-    file = path / "client_rounds.parquet"
-    table = pd.read_parquet(file)
-    table["outcome"] = np.resize(outcomes, len(table))
-    table.to_parquet(file)
+    rewrite(path, "client_rounds", lambda table: table.assign(outcome=np.resize(outcomes, len(table))))
     return load(path)
 
 

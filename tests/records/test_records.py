@@ -360,7 +360,7 @@ def test_a_damaged_part_is_named(tmp_path):
         writer.finish()
     assert not (tmp_path / "events.parquet").exists()
     assert part.exists()
-    with pytest.raises(RunError, match=r"events-000000-000001\.parquet' is missing or damaged"):
+    with pytest.raises(RunError, match=r"events-000000-000001\.parquet' is damaged \(it has"):
         RecordWriter(tmp_path, RecordSettings(), next_round=1)
 
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
-import pandas as pd
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiment"))
-from made_up import write_run
+from made_up import rewrite, write_run
 
 import fedsim
 from fedsim.plots.choice import bare_text, first_rule, left_out_text, shown_by_regret, shown_first
@@ -167,11 +166,9 @@ def _state(run):
 def lossy(path, outcomes, seed=0, **records):
     write_run(path, "fedspine", seed, rounds=4, clients=8, **records)
     for name, column in (("client_rounds", "outcome"), ("rounds", "dropped")):
-        file = path / f"{name}.parquet"
-        if file.is_file():
-            table = pd.read_parquet(file)
-            table[column] = np.resize(outcomes, len(table)) if name == "client_rounds" else outcomes.count("late") * 2
-            table.to_parquet(file)
+        if (path / f"{name}.parquet").is_file():
+            values = outcomes if name == "client_rounds" else [outcomes.count("late") * 2]
+            rewrite(path, name, lambda table, to=column, of=values: table.assign(**{to: np.resize(of, len(table))}))
     return load(path)
 
 

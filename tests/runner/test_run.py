@@ -194,11 +194,17 @@ def test_resume_of_a_run_that_never_began_begins(tmp_path):
 
 def test_a_finished_run_is_never_overwritten_without_force(tmp_path):
     first = fedsim.run(TIMING, out=tmp_path / "run", quiet=True)
+    assert len(first.rounds)
+    assert len(first.client_rounds)
+    assert len(first.events)
     with pytest.raises(RunError, match=r"finished run.*--force"):
         fedsim.run(TIMING, out=tmp_path / "run", quiet=True)
     assert fedsim.run(TIMING, out=tmp_path / "run", resume=True, quiet=True).manifest == first.manifest
+    unread = fedsim.load(tmp_path / "run")
     again = fedsim.run(TIMING, out=tmp_path / "run", force=True, quiet=True)
     assert_same_run(first, again)
+    with pytest.raises(RunError, match="was written anew since it was loaded"):
+        _ = unread.rounds
 
 
 def test_resume_with_another_configuration_is_refused(tmp_path):

@@ -9,11 +9,10 @@ import pytest
 from made_up import write_run
 
 from fedsim.control.reward import RewardModel
-from fedsim.control.schedule import default_step_max
 from fedsim.errors import RunError
 from fedsim.records.reader import Run, load
 from fedsim.runner.config import build_config
-from fedsim.settings import Config, RewardSettings
+from fedsim.settings import RewardSettings
 from fedsim.study.critical import critical_path
 from fedsim.study.diagnosis import (
     NotJudged,
@@ -183,45 +182,50 @@ def test_a_single_varying_term_is_not_judged():
         reward_dominance(table, round_index, REWARD)
 
 
-def test_terms_are_recovered_from_the_recorded_rewards():
-    """Rewards made by the real model from known terms; half of the clients of each round are lost."""
-    config = Config.model_validate({"method": "fedspine", "control": {"policy": "sucb"}, "server": {"rounds": ROUNDS}})
-    generator, rows = np.random.default_rng(0), client_rounds()
+def made_up_terms(**columns):
+    rows = client_rounds()
+    generator = np.random.default_rng(3)
     rows["outcome"] = generator.choice(["ok", "dropped"], len(rows))
     good = rows["outcome"] == "ok"
-    rows["loss_before"] = np.where(good, generator.uniform(0.5, 1, len(rows)), np.nan)
-    rows["loss_after"] = rows["loss_before"] * generator.uniform(0.7, 1.1, len(rows))
-    rows["prune_ratio_target"] = 0.5 * rows["round"] / ROUNDS
-    importance = pd.Series(generator.uniform(0.1, 1, len(rows))).where(good)
-    step = default_step_max(
-        config.prune_warmup_rounds, config.prune_end_round, 0.5, clients=CLIENTS, participants_per_round=CLIENTS
-    )
-    model, asked = RewardModel(config.reward, CLIENTS), np.zeros(CLIENTS)
-    progress = []
-    for number, own in rows.groupby("round"):
-        here = good[own.index].to_numpy()
-        rows.loc[own.index, "reward"] = model.compute(
-            loss_before=own["loss_before"],
-            loss_after=own["loss_after"],
-            ratio_before=asked,
-            ratio=own["prune_ratio_target"],
-            step_max=step,
-            target=0.5,
-            lora_importance=importance[own.index],
-            time_s=own[["wait_s", "download_s", "compute_s", "upload_s"]].sum(axis=1),
-            arrived=here,
-        ).reward
-        progress.append(np.where(here, np.clip((0.5 * number / ROUNDS - asked) / step, 0, 1), np.nan))
-        asked = np.where(here, 0.5 * number / ROUNDS, asked)
-    run = Run("made-up", config.model_dump(mode="json"), {"status": "finished", "fleet": {"clients": CLIENTS}})
-    run.__dict__["client_rounds"] = rows
+    for name in ("loss_before", "loss_after", "reward_loss", "reward_progress", "reward_importance", "reward_time"):
+        rows[name] = np.where(good, generator.uniform(0.1, 1, len(rows)), np.nan)
+    rows.loc[rows["round"] < 9, "reward_progress"] = np.nan
+    config = build_config({"method": "fedspine", "server": {"rounds": ROUNDS}})
+    run = Run(Path("made-up"), config.model_dump(mode="json"), {"status": "finished", "versions": {"fedsim": "0.0.9"}})
+    run.__dict__["client_rounds"] = rows.assign(**columns)
+    return run, rows, good
+
+
+def test_the_terms_are_the_recorded_ones():
+    run, rows, _ = made_up_terms()
     found = reward_terms(run)
-    share = importance / importance.groupby(rows["round"]).transform("max")
-    np.testing.assert_allclose(found["importance"], share, atol=1e-9)
-    np.testing.assert_allclose(found["progress"], np.concatenate(progress), atol=1e-9)
-    np.testing.assert_allclose(reward_of(config.reward)(found)[good], rows["reward"][good], atol=1e-9)
-    rows["reward"] += 0.01
-    with pytest.raises(RunError, match="do not follow"):
+    assert list(found.columns) == ["loss", "progress", "importance", "time"]
+    for name in found.columns:
+        np.testing.assert_array_equal(found[name], rows[f"reward_{name}"])
+
+
+def test_rewards_follow_from_the_terms_as_the_reward_model_makes_them():
+    config = RewardSettings(time_share=0.3, time_penalty=2.0, weights=(1.0, 0.5, 0.25))
+    generator = np.random.default_rng(5)
+    made = RewardModel(config, CLIENTS).compute(
+        loss_before=np.ones(CLIENTS),
+        loss_after=generator.uniform(0.5, 1.0, CLIENTS),
+        ratio_before=np.where(np.arange(CLIENTS) < 5, 0.5, 0.1),
+        ratio=generator.uniform(0.1, 0.2, CLIENTS),
+        step_max=0.1,
+        target=0.5,
+        lora_importance=np.where(np.arange(CLIENTS) == 7, np.nan, generator.uniform(1, 2, CLIENTS)),
+        time_s=generator.uniform(5, 15, CLIENTS),
+        arrived=np.arange(CLIENTS) != 3,
+    )
+    terms = pd.DataFrame({name: getattr(made, name) for name in ("loss", "progress", "importance", "time")})
+    np.testing.assert_allclose(reward_of(config)(terms), made.reward, rtol=1e-12)
+
+
+def test_records_without_terms_say_so_and_who_wrote_them():
+    nothing = dict.fromkeys(("reward_loss", "reward_progress", "reward_importance", "reward_time"))
+    run, *_ = made_up_terms(**nothing)
+    with pytest.raises(RunError, match=r"records do not hold the terms of its rewards \(written by fedsim 0\.0\.9"):
         reward_terms(run)
 
 

@@ -94,16 +94,33 @@ def test_the_file_says_what_it_is_and_how_well_it_fits(real, file):
     assert again == model
 
 
-def test_importance_is_recovered_from_rewards(real):
-    """One of each round has the largest; all lie in [0, 1]: only the true inversion of the reward gives that."""
+def test_importance_is_the_recorded_one_over_the_largest_of_its_round(real):
     rows = source_rows(real)
     assert np.isfinite(rows.importance).all()
     assert rows.importance.min() >= 0
     largest = pd.Series(rows.importance).groupby(rows.round_index).max()
     np.testing.assert_allclose(largest, 1.0, atol=1e-6)
     assert rows.importance.std() > 0.05
-    twisted = Run(real.path, {**real.config, "reward": {**real.config["reward"], "time_penalty": 5.0}}, real.manifest)
-    assert np.isnan(source_rows(twisted).importance).all()
+    trained = real.client_rounds[real.client_rounds["outcome"] == "ok"]
+    share = trained["lora_importance"] / trained.groupby("round")["lora_importance"].transform("max")
+    np.testing.assert_array_equal(rows.importance, share)
+    np.testing.assert_allclose(rows.importance, trained["reward_importance"], rtol=1e-12)
+
+
+def test_a_run_whose_records_lack_importance_is_fitted_without_and_says_so(real):
+    older = load(real.path)
+    older.__dict__["client_rounds"] = real.client_rounds.assign(lora_importance=None)
+    model = fit(older)
+    assert model.importance is None
+    assert "no importance: the run's records do not hold it, so the reward goes without that term" in model.notes
+
+
+def test_a_pass_that_learns_nothing_is_no_dose(real):
+    """Round 0 of prune_then_tune trains at a rate of zero."""
+    passed = Run(real.path, {**real.config, "method": "prune_then_tune"}, real.manifest)
+    rows = source_rows(passed)
+    assert (rows.dose[rows.round_index == 0] == 0).all()
+    np.testing.assert_allclose(rows.round_dose, [0.0, *(1 - np.arange(1, 12) / 12)])
 
 
 def as_if_trained(run):

@@ -15,6 +15,7 @@ from fedsim.cli import main
 from fedsim.cost.bands import SAMPLES
 from fedsim.errors import ConfigError, RunError
 from fedsim.runner.config import build_config
+from fedsim.study.check_run import check_run
 from fedsim.study.draw_bands import draw_bands
 from fedsim.study.profile_error import drawn_links, profile_error, read_draws, time_again
 from fedsim.study.retime import checked_jobs, fleet_of, retime_run, times_on
@@ -57,6 +58,7 @@ def test_another_fleet_is_as_a_run_there(uniform, tmp_path):
     for name in ("download_s", "compute_s", "upload_s", "idle_s", "energy_j"):
         assert anew.client_rounds[name].to_numpy() == pytest.approx(there.client_rounds[name].to_numpy(), abs=1e-9)
     assert list(anew.client_rounds["mode"]) == list(there.client_rounds["mode"])
+    assert check_run(out).is_sound, check_run(out).as_text()
     assert anew.manifest["simulated_s"] == pytest.approx(there.manifest["simulated_s"])
     assert any("timed anew from a finished run (fleet fedspine-80-modes)" in label for label in anew.manifest["labels"])
     # What was learned is the run's own.

@@ -345,7 +345,7 @@ def test_a_finished_cell_that_was_damaged_says_its_cure_and_one_that_is_gone_is_
     assert main(["compare", str(copy)]) == 0  # one damaged run does not stop the others
     told = " ".join(capsys.readouterr().out.split())
     assert f"run '{gone}' is left out" in told
-    assert "are damaged" in told
+    assert "rounds.parquet' is damaged (it has 4 bytes where" in told
     assert "delete the folder and run it again; for a sweep's cell the same sweep command runs it again" in told
     shutil.rmtree(gone)  # the cure
     left = [cell["directory"] for cell in read_book(copy)["cells"] if cell["directory"] != gone.name]
