@@ -103,3 +103,20 @@ def test_an_unfinished_run_is_not_checked(sound, tmp_path):
     (path / "manifest.json").write_text(json.dumps({**manifest, "status": "stopped"}))
     with pytest.raises(RunError, match="unfinished"):
         check_run(path)
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        {"mode": "semi_async", "buffer": 3, "concurrency": 8},
+        {"mode": "async", "concurrency": 8, "deadline_s": 20.0, "max_staleness": 3},
+    ],
+)
+def test_servers_that_do_not_wait_are_held_to_the_same(tmp_path, server):
+    tree = {**TIMING, "server": {"rounds": 20, **server}}
+    run = fedsim.run(tree, out=tmp_path / "run", quiet=True)
+    assert run.client_rounds["staleness"].max() > 0
+    found = check_run(run.path)
+    assert found.is_sound, found.as_text()
+    path = altered(run.path, tmp_path / "altered", "client_rounds", put("idle_s", lambda old: old + 1e3, row=3))
+    assert not check_run(path).is_sound
