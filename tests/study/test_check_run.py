@@ -109,7 +109,7 @@ def test_an_unfinished_run_is_not_checked(sound, tmp_path):
     "server",
     [
         {"mode": "semi_async", "buffer": 3, "concurrency": 8},
-        {"mode": "async", "concurrency": 8, "deadline_s": 20.0, "max_staleness": 3},
+        {"mode": "async", "concurrency": 8, "max_staleness": 3},
     ],
 )
 def test_servers_that_do_not_wait_are_held_to_the_same(tmp_path, server):
