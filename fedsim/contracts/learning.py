@@ -118,23 +118,27 @@ class Cohorts:
     """How full the cohorts were in which jobs were trained.
 
     Attributes:
-        count: cohorts trained.
+        count: how often what waited was trained.
+        chunks: stacks of clients that really went through training together: jobs of other steps or rates do not.
         jobs: jobs trained in them.
         in_vain: jobs of these that were discarded afterwards: what became of their flight was not known yet.
     """
 
     count: int = 0
+    chunks: int = 0
     jobs: int = 0
     in_vain: int = 0
 
-    def after(self, jobs: int) -> Cohorts:
-        """With one more cohort."""
-        return Cohorts(self.count + 1, self.jobs + jobs, self.in_vain)
-
     def facts(self) -> dict[str, float]:
         """For the manifest."""
-        mean = self.jobs / self.count if self.count else 0.0
-        return {"count": self.count, "jobs": self.jobs, "jobs_per_cohort": mean, "trained_in_vain": self.in_vain}
+        mean = self.jobs / self.chunks if self.chunks else 0.0
+        return {
+            "count": self.count,
+            "chunks": self.chunks,
+            "jobs": self.jobs,
+            "jobs_per_chunk": mean,
+            "trained_in_vain": self.in_vain,
+        }
 
 
 class Learner(Protocol):

@@ -53,7 +53,6 @@ class JobQueue:
         if any(ticket not in self._trained for ticket in wanted):
             waiting, jobs = list(self._pending), list(self._pending.values())
             self._pending.clear()
-            self.cohorts = self.cohorts.after(len(jobs))
             updates = [replace(update, start=job.adapter) for job, update in zip(jobs, self._train(jobs), strict=True)]
             self._trained.update(zip(waiting, zip(jobs, updates, strict=True), strict=True))
         return [self._trained[ticket] for ticket in wanted]

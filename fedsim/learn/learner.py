@@ -12,7 +12,7 @@ latest average.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -124,9 +124,13 @@ class LoraLearner:
         return Job(request, self._adapter, start, plan.scores(client), plan.guide(client), mask, carried)
 
     def _train(self, jobs: Sequence[Job]) -> list[Update]:
-        config, backbone = self._parts.config, self._parts.backbone
+        config, backbone, plan = self._parts.config, self._parts.backbone, self._parts.engine.plan
+        before = 0 if plan is None else plan.chunks
         with device_faults(backbone.device):
             updates = self._parts.engine.trainer.train(jobs)
+        was = self._queue.cohorts
+        chunks = len(jobs) if plan is None else plan.chunks - before
+        self._queue.cohorts = replace(was, count=was.count + 1, chunks=was.chunks + chunks, jobs=was.jobs + len(jobs))
         return [resized(job, update, config.seed, backbone.shape) for job, update in zip(jobs, updates, strict=True)]
 
     # -- the server's side ------------------------------------------------------------------------------------------

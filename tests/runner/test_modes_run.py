@@ -35,6 +35,7 @@ def test_async_trains_and_rows_are_merges(whole):
     assert np.isfinite(rounds["accuracy"].dropna()).all()
     cohorts = whole.manifest["cohorts"]
     assert cohorts["jobs"] >= 10
+    assert cohorts["count"] <= cohorts["chunks"] <= cohorts["jobs"]
     assert cohorts["count"] < 10  # what waits is trained together
 
 

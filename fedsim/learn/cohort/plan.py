@@ -41,10 +41,12 @@ class ChunkPlan:
 
     Attributes:
         limit: clients of a chunk at most; shrinks where memory runs out.
+        chunks: how many were trained.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = max(1, limit)
+        self.chunks = 0
 
     def run(self, places: Sequence[int], work: Callable[[Sequence[int]], None]) -> None:
         """Call `work` for chunk after chunk; a chunk that meets out-of-memory is run again in halves.
@@ -66,6 +68,7 @@ class ChunkPlan:
                     raise _too_large(error) from error
             else:
                 start += len(chunk)
+                self.chunks += 1
                 continue
             # Not before the error is gone: its traceback holds what the chunk has taken.
             self._shrink(len(chunk))
