@@ -274,3 +274,19 @@ def _sentence(error: ValidationError) -> str:
     value = first["input"]
     given = f" is {shown(repr(value))}" if isinstance(value, (str, int, float, bool, type(None), list)) else ""
     return f"{field}{given}: {message[0].lower()}{message[1:]}"
+
+
+def world_files(path: Path) -> list[Path]:
+    """Files beside a fleet file that it names for what changes: an availability file, bandwidth traces."""
+    try:
+        spec = read_fleet_file(path)
+    except ProfileError:
+        return []  # loading the fleet will say so
+    found: list[Path] = []
+    if isinstance(spec.availability, TraceFile):
+        found.append(path.parent / user_path(spec.availability.file))
+    if spec.replay is not None:
+        folder = path.parent / user_path(spec.replay.folder)
+        if folder.is_dir():
+            found += sorted(one for one in folder.iterdir() if one.is_file() and not one.name.startswith("."))
+    return found

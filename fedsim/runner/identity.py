@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedsim.errors import RunError
-from fedsim.fleet.fleet_file import fleet_path, profile_paths
+from fedsim.fleet.fleet_file import fleet_path, profile_paths, world_files
 from fedsim.model_folder import deciding_files
 from fedsim.places import user_path
 from fedsim.settings import Config
@@ -36,6 +36,7 @@ def identity(config: Config) -> dict[str, str]:
     fleet = fleet_path(config.fleet.name)
     files = {f"fleet file '{fleet.name}'": fleet}
     files |= {f"device profile '{reference}'": path for reference, path in profile_paths(fleet).items()}
+    files |= {f"fleet's file '{one.name}'": one for one in world_files(fleet)}
     if config.train.surrogate is not None:
         files["surrogate file"] = user_path(config.train.surrogate)
     trains = config.train.engine not in ("none", "surrogate")

@@ -31,7 +31,7 @@ DOWN, UP = 0, 1
 _LATENCY, _MOVING = 0, 1
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Transfer:
     """One transfer in a lane: it ends when the lane's clock shows `ends`."""
 
@@ -43,13 +43,15 @@ class _Transfer:
     over: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Lane:
     """One direction at one access point, or of all clients without one.
 
     Attributes:
         clock: its virtual clock, in seconds alone, as of `since_s`; it runs at `speed`.
         bits_per_s: of all transfers under way, alone. Whole numbers, so that sums do not depend on their order.
+        twin: the other direction, where both share the medium.
+        beside: all lanes whose speed a change in this one may change, itself included.
         due_s: when the next transfer ends; `wakes_s`: when an event in the queue looks, not after `due_s`.
     """
 
@@ -64,6 +66,7 @@ class _Lane:
     wakes_s: float = math.inf
     queue: list[tuple[float, int, int, _Transfer]] = field(default_factory=list)
     twin: _Lane | None = None
+    beside: tuple[_Lane, ...] = ()
 
     @property
     def users(self) -> int:
@@ -89,7 +92,11 @@ class SharedLinks:
             if half:
                 pair[DOWN].twin, pair[UP].twin = pair[UP], pair[DOWN]
             self._lanes.append(pair)
+        self._any_limit = any(self._limited)
         self._ways = ([pair[DOWN] for pair in self._lanes], [pair[UP] for pair in self._lanes])
+        for pair in self._lanes:
+            for lane in pair:
+                lane.beside = tuple(self._beside(lane))
         self._serial = count()
         self._under_way: dict[int, _Transfer | None] = {}  # by client; None while it waits for its latency
 
@@ -153,43 +160,40 @@ class SharedLinks:
         if not lane.count:
             lane.clock, lane.queue = 0.0, []
 
+    def _beside(self, lane: _Lane) -> list[_Lane]:
+        way, other = lane.direction, 1 - lane.direction
+        lanes = list(self._ways[way]) if self._limited[way] else [lane]
+        if lane.twin is not None:
+            lanes += self._ways[other] if self._limited[other] else [lane.twin]
+        return lanes
+
     # -- clocks -------------------------------------------------------------------------------------------------------
 
-    def _settle(self, lane: _Lane) -> list[_Lane] | tuple[_Lane, ...]:
+    def _settle(self, lane: _Lane) -> tuple[_Lane, ...]:
         """Bring all clocks up to now whose speed a change in this lane may change; these lanes."""
-        if self._limited[lane.direction]:
-            changed: list[_Lane] | tuple[_Lane, ...] = self._ways[lane.direction]
-            if lane.twin is not None:
-                both = self._limited[1 - lane.direction]
-                changed = [*changed, *(self._ways[1 - lane.direction] if both else [lane.twin])]
-        elif lane.twin is None:
-            changed = (lane,)
-        elif self._limited[1 - lane.direction]:
-            changed = [lane, *self._ways[1 - lane.direction]]
-        else:
-            changed = (lane, lane.twin)
-        now_s = self._clock._now
+        now_s, changed = self._clock._now, lane.beside
         for one in changed:
             if one.count:
                 one.clock += (now_s - one.since_s) * one.speed
             one.since_s = now_s
         return changed
 
-    def _speed_up(self, changed: list[_Lane] | tuple[_Lane, ...]) -> None:
+    def _speed_up(self, changed: tuple[_Lane, ...]) -> None:
         """Set the speeds, and when the next transfer of each lane ends."""
-        factors = (self._factor(DOWN), self._factor(UP))
+        factors = (self._factor(DOWN), self._factor(UP)) if self._any_limit else (1.0, 1.0)
         for lane in changed:
             if not lane.count:
                 lane.due_s = math.inf
                 continue
-            factor = factors[lane.direction]
-            lane.speed = factor / lane.users if lane.divides else factor
+            users = lane.count if lane.twin is None else lane.count + lane.twin.count
+            speed = factors[lane.direction] / users if lane.divides else factors[lane.direction]
             queue = lane.queue
             while queue[0][3].over:
                 heappop(queue)
-            lane.due_s = lane.since_s + max(0.0, queue[0][0] - lane.clock) / lane.speed
-            if lane.due_s < lane.wakes_s:
-                self._wake_at(lane, lane.due_s)
+            lane.speed, due_s = speed, lane.since_s + max(0.0, queue[0][0] - lane.clock) / speed
+            lane.due_s = due_s
+            if due_s < lane.wakes_s:
+                self._wake_at(lane, due_s)
 
     def _factor(self, direction: int) -> float:
         """By how much the server's link slows all transfers of a direction down."""

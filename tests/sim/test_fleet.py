@@ -277,7 +277,7 @@ def test_two_profiles_of_one_name_are_refused(fleet_file, tmp_path):
         load_fleet(settings, "fp32", 0)
 
 
-@pytest.mark.parametrize("name", ["fedspine-80", "fedspine-80-modes"])
+@pytest.mark.parametrize("name", ["fedspine-80", "fedspine-80-campus", "fedspine-80-modes"])
 def test_built_in_fleets_state_every_source(name):
     assert name in fleet_names()
     spec = read_fleet_file(fleet_path(name))
