@@ -13,13 +13,12 @@ point meet at the server's link only.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import count
 
 import numpy as np
-from simpy.events import Event, Timeout
 
 from fedsim.fleet.bandwidth import Curve
 from fedsim.fleet.dynamics import Sharing
@@ -74,6 +73,33 @@ class _Lane:
         return self.count + (self.twin.count if self.twin is not None else 0)
 
 
+class _Wake:
+    """An event of SimPy's queue, as small as the queue allows."""
+
+    __slots__ = ("_ok", "callbacks", "lane", "time_s")
+
+    def __init__(self, lane: _Lane, time_s: float, callbacks: list[Callable[[_Wake], None]]) -> None:
+        self.lane, self.time_s, self.callbacks, self._ok = lane, time_s, callbacks, True
+
+
+class _Late:
+    """As `_Wake`, at the end of a latency."""
+
+    __slots__ = ("_ok", "callbacks", "done", "trip")
+
+    def __init__(self, trip: Trip, done: Done, callbacks: list[Callable[[_Late], None]]) -> None:
+        self.trip, self.done, self.callbacks, self._ok = trip, done, callbacks, True
+
+
+class _Over:
+    """What the end of a transfer is told with: it happens now, and never was in the queue."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, trip: Trip) -> None:
+        self._value = trip
+
+
 class SharedLinks:
     """Implements `fedsim.sim.transport.Transport`.
 
@@ -111,19 +137,21 @@ class SharedLinks:
         self._begin(trip, done)
 
     def _begin(self, trip: Trip, done: Done) -> None:
-        trip.due_s = self._clock._now + trip.latency_s
         if trip.latency_s > 0.0:
-            self._under_way[trip.client] = None
-            self._wait(Timeout(self._clock, trip.latency_s, trip), done)
+            trip.due_s = self._clock._now + trip.latency_s
+            self._wait(trip, done)
         else:
             self._enter(trip, done)
 
-    def _wait(self, event: Event, done: Done) -> None:
-        def over(event: Event) -> None:
-            if not event._value.gone:
-                self._enter(event._value, done)
+    def _wait(self, trip: Trip, done: Done) -> None:
+        """For the latency, which is over at `trip.due_s`."""
+        self._under_way[trip.client] = None
+        late = _Late(trip, done, [self._latency_over])
+        self._clock.schedule_at(late, trip.due_s)  # type: ignore[arg-type]
 
-        event.callbacks.append(over)  # type: ignore[union-attr]
+    def _latency_over(self, late: _Late) -> None:
+        if not late.trip.gone:
+            self._enter(late.trip, late.done)
 
     def _enter(self, trip: Trip, done: Done) -> None:
         up = trip.phase == UPLOADING
@@ -180,7 +208,10 @@ class SharedLinks:
 
     def _speed_up(self, changed: tuple[_Lane, ...]) -> None:
         """Set the speeds, and when the next transfer of each lane ends."""
-        factors = (self._factor(DOWN), self._factor(UP)) if self._any_limit else (1.0, 1.0)
+        factors = [1.0, 1.0]
+        if self._any_limit:
+            for direction in {lane.direction for lane in changed}:
+                factors[direction] = self._factor(direction)
         for lane in changed:
             if not lane.count:
                 lane.due_s = math.inf
@@ -208,14 +239,11 @@ class SharedLinks:
 
     def _wake_at(self, lane: _Lane, time_s: float) -> None:
         lane.wakes_s = time_s
-        event = Event(self._clock)
-        event._ok, event._value = True, (lane, time_s)
-        event.callbacks.append(self._look)  # type: ignore[union-attr]
-        self._clock.schedule_at(event, time_s)
+        self._clock.schedule_at(_Wake(lane, time_s, [self._look]), time_s)  # type: ignore[arg-type]
 
-    def _look(self, event: Event) -> None:
+    def _look(self, wake: _Wake) -> None:
         """At the end of a transfer, or at a time that was one before the lane slowed down."""
-        lane, time_s = event._value
+        lane, time_s = wake.lane, wake.time_s
         if time_s != lane.wakes_s:
             return  # an earlier look has taken its place
         lane.wakes_s = math.inf
@@ -226,20 +254,20 @@ class SharedLinks:
         changed = self._settle(lane)
         # What ends now ends exactly, whatever the clock was rounded to.
         lane.clock = lane.queue[0][0]
-        ended = []
-        while lane.queue and (lane.queue[0][3].over or lane.queue[0][0] <= lane.clock):
-            transfer = heappop(lane.queue)[3]
+        ended, queue, now = [], lane.queue, lane.clock
+        while queue and (queue[0][0] <= now or queue[0][3].over):
+            transfer = heappop(queue)[3]
             if not transfer.over:
                 transfer.over = True
+                lane.count -= 1
+                lane.bits_per_s -= transfer.bits_per_s
+                del self._under_way[transfer.trip.client]
                 ended.append(transfer)
-        for transfer in ended:
-            del self._under_way[transfer.trip.client]
-            self._leave(lane, transfer)
+        if not lane.count:
+            lane.clock = 0.0
         self._speed_up(changed)
         for transfer in ended:
-            over = Event(self._clock)
-            over._ok, over._value = True, transfer.trip
-            transfer.done(over)
+            transfer.done(_Over(transfer.trip))  # type: ignore[arg-type]
 
     # -- checkpoint ---------------------------------------------------------------------------------------------------
 
@@ -253,11 +281,7 @@ class SharedLinks:
         for trip in trips:
             row = trip.place
             if int(state["link.stage"][row]) == _LATENCY:
-                self._under_way[trip.client] = None
-                event = Event(self._clock)
-                event._ok, event._value = True, trip
-                self._wait(event, done[trip.phase])
-                self._clock.schedule_at(event, trip.due_s)
+                self._wait(trip, done[trip.phase])
                 continue
             needs_s, ends = float(state["link.needs_s"][row]), float(state["link.ends"][row])
             transfer = _Transfer(trip, done[trip.phase], needs_s, ends, int(state["link.bits_per_s"][row]))
