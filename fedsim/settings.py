@@ -222,13 +222,13 @@ class EvaluateSettings(Section):
 
 
 class CostSettings(Section):
-    """The clock's workload: a setting of its own, by default (null) the learner's."""
+    """The clock's workload: a setting of its own, by default the learner's. ``fedscale``: that project's formula."""
 
     model: str | None = None
     batch_size: Positive | None = None
     seq_len: Positive | None = None
     precision: Literal["fp32", "fp16"] = "fp32"
-    backend: Literal["analytic"] = "analytic"
+    backend: Literal["analytic", "fedscale"] = "analytic"
 
 
 _NOW_OPTIONS = {"rank_decay": ("hetlora", 1.0), "rank_penalty": ("hetlora", 0.0)}

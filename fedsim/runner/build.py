@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from fedsim.contracts.control import Ask
 from fedsim.contracts.learning import Learner
 from fedsim.contracts.program import LocalProgram
 from fedsim.control.policies import POLICIES, PolicyInputs, make_policy
@@ -15,6 +16,7 @@ from fedsim.control.reward import RewardModel
 from fedsim.control.timed import TimedPolicy
 from fedsim.cost.ask import JobSetting, ShapeAsk
 from fedsim.cost.device import DeviceProfile
+from fedsim.cost.fedscale import FedScaleAsk
 from fedsim.cost.shapes import load_shape
 from fedsim.cost.workload import StepSetting, linear_roles
 from fedsim.data.corpus import load_corpus
@@ -254,7 +256,7 @@ def _reachable(shape: ModelShape, ratio: ArrayLike) -> NDArray[np.bool_]:
 
 def priced(
     config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape
-) -> Callable[[LocalProgram], ShapeAsk]:
+) -> Callable[[LocalProgram], Ask]:
     """What each arm of a program asks, on the clock's workload; programs that cost alike share it."""
     cost, train = config.cost, config.train
     step = StepSetting(
@@ -270,7 +272,9 @@ def priced(
     ranks = ranks_on_offer(config.model.lora_rank_max)
     asks: dict[JobSetting, ShapeAsk] = {}
 
-    def ask_of(program: LocalProgram) -> ShapeAsk:
+    def ask_of(program: LocalProgram) -> Ask:
+        if cost.backend == "fedscale":
+            return FedScaleAsk(clock_shape, step, program.steps, ranks)
         memory = config.prune.importance_memory
         job = JobSetting.of(program, step, importance_every, sends_scores=method.prunes, importance_memory=memory)
         if job not in asks:

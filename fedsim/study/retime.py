@@ -20,9 +20,8 @@ import pyarrow as pa
 import yaml
 
 from fedsim.contracts.common import FloatArray, IntArray, Outcome
-from fedsim.contracts.control import Work
+from fedsim.contracts.control import Ask, Work
 from fedsim.control.client_selection import SELECTIONS
-from fedsim.cost.ask import ShapeAsk
 from fedsim.cost.device import DeviceProfile
 from fedsim.cost.shapes import load_shape
 from fedsim.errors import ConfigError, RunError
@@ -139,7 +138,7 @@ def jobs_of(run: Run, config: Config) -> Jobs:
     )
 
 
-def _asks(config: Config, outputs: int) -> Callable[[int], ShapeAsk]:
+def _asks(config: Config, outputs: int) -> Callable[[int], Ask]:
     """What jobs demand that were sent off with a version."""
     method = method_named(config.method)
     shape = load_shape(config.model.name, outputs)
