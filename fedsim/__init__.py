@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fedsim.learn.export.exported import load_exported
     from fedsim.methods.base import Method, tuning
     from fedsim.methods.catalogue import register_method
+    from fedsim.plots.own_figures import register_figure
+    from fedsim.records.own_columns import register_column
     from fedsim.records.reader import Run, load
     from fedsim.runner.clock import Clock
     from fedsim.runner.run import run
@@ -40,8 +42,10 @@ __all__ = [
     "load",
     "load_exported",
     "load_sweep",
+    "register_column",
     "register_criterion",
     "register_family",
+    "register_figure",
     "register_method",
     "register_objective",
     "register_policy",
@@ -77,6 +81,8 @@ _HOMES = {
     "register_rule": "fedsim.learn.entries",
     "register_criterion": "fedsim.learn.entries",
     "register_objective": "fedsim.learn.entries",
+    "register_column": "fedsim.records.own_columns",
+    "register_figure": "fedsim.plots.own_figures",
 }
 
 

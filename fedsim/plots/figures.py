@@ -11,6 +11,7 @@ import pandas as pd
 
 from fedsim.files import writing
 from fedsim.plots import frames
+from fedsim.plots.own_figures import OWN_FIGURES
 from fedsim.plots.style import (
     COLOURS,
     PHASE_COLOURS,
@@ -85,6 +86,11 @@ def write_figures(
         draw_idle(detailed, classes, text, mark, sink, looks)
         draw_choices(detailed, classes, text, mark, sink)
         draw_timeline(timeline, text, mark, sink)
+    for name, draw in OWN_FIGURES.items():
+        with canvas(WIDTH_IN, 3.6) as figure:
+            frame = draw(figure, groups)
+            caption(figure, text)
+            sink(figure, frame, name, mark)
     return written
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +99,7 @@ EVENTS = (
     Column("value", "float64", "by event", "what the event carries: bytes, seconds, a count"),
 )
 
-TABLES: Mapping[str, tuple[Column, ...]] = {"rounds": ROUNDS, "client_rounds": CLIENT_ROUNDS, "events": EVENTS}
+TABLES: dict[str, tuple[Column, ...]] = {"rounds": ROUNDS, "client_rounds": CLIENT_ROUNDS, "events": EVENTS}
 """Every table of a run, by the name of its file without ``.parquet``."""
 
 _DICTIONARY = frozenset({"round", "flight", "version", "staleness", "dispatch_s", "lora_rank", "local_steps"})
@@ -107,15 +107,29 @@ _DICTIONARY = frozenset({"round", "flight", "version", "staleness", "dispatch_s"
 
 _ARROW = {"int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
 
-_SCHEMAS = {
-    table: pa.schema(
+
+def _schema(columns: Sequence[Column]) -> pa.Schema:
+    return pa.schema(
         [
             pa.field(column.name, _ARROW[column.dtype], metadata={"unit": column.unit, "meaning": column.meaning})
             for column in columns
         ]
     )
-    for table, columns in TABLES.items()
-}
+
+
+_SCHEMAS = {table: _schema(columns) for table, columns in TABLES.items()}
+
+
+def add_column(table: str, column: Column) -> None:
+    """Put a column behind those of a table (`fedsim.records.own_columns`)."""
+    TABLES[table] = (*TABLES[table], column)
+    _SCHEMAS[table] = _schema(TABLES[table])
+
+
+def remove_column(table: str, name: str) -> None:
+    """Take a column away."""
+    TABLES[table] = tuple(column for column in TABLES[table] if column.name != name)
+    _SCHEMAS[table] = _schema(TABLES[table])
 
 
 def schema_of(table: str) -> pa.Schema:

@@ -27,6 +27,7 @@ from fedsim.records.columns import TABLES, columns_by_code, schema_of
 from fedsim.records.folder import PARTS
 from fedsim.records.integrity import digest_of, list_part_digests, read_part_digests, verify, write_part_digests
 from fedsim.records.manifest import FileDigest
+from fedsim.records.own_columns import own_values
 from fedsim.settings import RecordSettings
 from fedsim.sim.accounting import client_seconds, idle_fraction
 
@@ -87,6 +88,7 @@ def client_round_rows(arrivals: Arrivals, learned: Learned) -> pa.Table:
             "reward_importance": learned.rewards.importance,
             "reward_time": learned.rewards.time,
             "reward": learned.rewards.reward,
+            **own_values("client_rounds", arrivals, learned),
         },
     )
 
@@ -120,7 +122,8 @@ def round_row(arrivals: Arrivals, learned: Learned, host_s: float) -> pa.Table:
         "accuracy_consensus": learned.accuracy_consensus,
         "host_s": host_s,
     }
-    return _table("rounds", {name: [value] for name, value in values.items()})
+    columns: dict[str, Sequence[Any]] = {name: [value] for name, value in values.items()}
+    return _table("rounds", {**columns, **own_values("rounds", arrivals, learned)})
 
 
 class RecordWriter:

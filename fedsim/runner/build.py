@@ -254,9 +254,7 @@ def _reachable(shape: ModelShape, ratio: ArrayLike) -> NDArray[np.bool_]:
     return reachable
 
 
-def priced(
-    config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape
-) -> Callable[[LocalProgram], Ask]:
+def priced(config: Config, method: Method, shape: ModelShape, clock_shape: ModelShape) -> Callable[[LocalProgram], Ask]:
     """What each arm of a program asks, on the clock's workload; programs that cost alike share it."""
     cost, train = config.cost, config.train
     step = StepSetting(
