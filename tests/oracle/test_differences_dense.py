@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsim.learn.entries import RULES, RuleEntry
 from fedsim.learn.merge.differences import mean_differences
 from fedsim.learn.merge.merging import Merging
-from fedsim.learn.merge.rules import RULES, Contribution, client_weights, differences_of, merge
+from fedsim.learn.merge.rules import Contribution, client_weights, differences_of, find_rule, merge
 from fedsim.learn.model.adapter import Adapter
 from fedsim.learn.model.linears import COLUMN_PRUNED, kept_columns, kept_rows, prunable_linears
 from fedsim.settings import AggregateSettings
@@ -197,7 +198,7 @@ def test_both_ways_to_truncate_give_the_same(rule, cheaper, monkeypatch):
 def test_a_server_step_gets_every_mean_difference_once_and_its_answer_is_added(rule):
     present, contributions = rounds(rule)
     merging = Merging(present, contributions, SHAPE, RANK, C, AggregateSettings(rule=rule, importance_weight=0.5))
-    differences = mean_differences(merging, differences_of(RULES[rule]))
+    differences = mean_differences(merging, differences_of(find_rule(rule)))
     linears = [linear.name for linear in prunable_linears(SHAPE)]
     kinds = ("A", "B") if rule in FACTORS else ("W",)
     assert list(differences) == [f"{kind}.{name}" for name in linears for kind in kinds] + ["head.weight"]
@@ -283,7 +284,7 @@ def test_a_rule_of_the_users_own_merges_updates_carried_over_to_the_present(monk
         seen.append(merging)
         return merging.contributions[0].adapter
 
-    monkeypatch.setitem(RULES, "mine", median)
+    monkeypatch.setitem(RULES, "mine", RuleEntry("mine", median))
     present, start = an_adapter(52), an_adapter(50)
     one = a_contribution(3, start, weight=0.5)
     after = merged("mine", present, [one], 0.5)

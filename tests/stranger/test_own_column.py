@@ -65,13 +65,15 @@ def test_a_column_is_recorded_read_and_drawn(tmp_path):
     assert fedsim.load(before.path).client_rounds["upload_bits_per_joule"].isna().all()
 
 
-def test_what_cannot_be_a_column_is_refused():
+def test_what_cannot_be_a_column_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="has a column 'reward' already"):
         fedsim.register_column("client_rounds", "reward", bits_per_joule, unit="", meaning="mine")
     with pytest.raises(ConfigError, match="table 'events' is not allowed"):
         fedsim.register_column("events", "mine", bits_per_joule, unit="", meaning="mine")
     fedsim.register_column("client_rounds", "short", lambda a, _: [1.0], unit="", meaning="one value for all")
     with pytest.raises(ConfigError, match="'short' gave 1 values for 8 flights"):
-        fedsim.run({"method": "fedlora", "cost": {"model": "roberta-base"}}, out="never", quiet=True, **OPTIONS)
+        fedsim.run(
+            {"method": "fedlora", "cost": {"model": "roberta-base"}}, out=tmp_path / "run", quiet=True, **OPTIONS
+        )
     with pytest.raises(ConfigError, match="exists already"):
         fedsim.register_figure("timeline", draw)

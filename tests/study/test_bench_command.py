@@ -105,10 +105,11 @@ def test_a_wrong_engine_is_found(monkeypatch):
     def wrong(self, jobs):
         from dataclasses import replace
 
-        faster = [
-            replace(job, request=replace(job.request, learning_rate=2 * job.request.learning_rate)) for job in jobs
-        ]
-        return real(self, faster)
+        def faster(request):
+            phases = tuple(replace(phase, rate=2 * phase.rate) for phase in request.program.phases)
+            return replace(request, program=replace(request.program, phases=phases))
+
+        return real(self, [replace(job, request=faster(job.request)) for job in jobs])
 
     monkeypatch.setattr(CohortTrainer, "train", wrong)
     with pytest.raises(BenchError, match="masked and reference"):

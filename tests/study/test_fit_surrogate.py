@@ -203,7 +203,7 @@ def test_a_changed_file_is_not_resumed_with(file, tmp_path, monkeypatch):
         fedsim.run(surrogate_of(own), out=tmp_path / "run", quiet=True)
     monkeypatch.undo()
     own.write_text(own.read_text() + "\n")
-    with pytest.raises(RunError, match="was started with another data"):
+    with pytest.raises(RunError, match="was started with another surrogate file"):
         fedsim.run(surrogate_of(own), out=tmp_path / "run", resume=True, quiet=True)
 
 

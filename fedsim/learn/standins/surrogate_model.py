@@ -36,12 +36,15 @@ from fedsim.contracts.common import FloatArray
 from fedsim.errors import ConfigError
 from fedsim.files import parse_json
 from fedsim.places import user_path
-from fedsim.settings import NonNegativeFloat, PositiveFloat, Section
+from fedsim.settings import Section
 
 SCHEMA = 1
 _LEAST_SPREAD = 0.05
 _CONTRIBUTION_BOUNDS = (0.1, 3.0)
 
+# Fitted numbers have no bounds of use: those of the configuration's floats are not theirs.
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Range = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 
