@@ -1,7 +1,7 @@
 """The command line. Parsing loads nothing heavy; each command imports what it needs.
 
-Exit codes: 0 done, 1 cells of a sweep failed or a checked run is not sound, 2 something the user can mend (one sentence
-on standard error), 130 interrupted.
+Exit codes: 0 done, 1 cells of a sweep failed or a checked run is not sound, 2 something the user can put right (one
+sentence on standard error), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ _NO_DATA = re.compile(r"(data\.(?:test_)?path) '[^']*': no such file")
 
 
 def _cure(arguments: argparse.Namespace, error: str) -> str:
-    """What a refusal's sentence ends with where an argument of this command mends it; empty elsewhere."""
+    """What a refusal's sentence ends with where an argument of this command puts it right; empty elsewhere."""
     if getattr(arguments, "imports", None) == [] and _OWN.search(error):
         return "; one of your own needs --import FILE.py"
     lost = _NO_DATA.search(error)
     given = [*getattr(arguments, "overrides", ()), *getattr(arguments, "grid", ())]
     if lost and not any(word.startswith(f"{lost[1]}=") for word in given):
-        return "; give data.path=... and data.test_path=... here, or mend the configuration"
+        return "; give data.path=... and data.test_path=... here, or correct the configuration"
     return ""
 
 

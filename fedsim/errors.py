@@ -1,4 +1,4 @@
-"""The errors that a user can cause or mend.
+"""The errors that a user can cause or put right.
 
 Every error is one clear sentence that names the field, the value and what is allowed. The command line
 prints it and exits with code 2. Each class takes the message as its only argument, because SimPy re-raises

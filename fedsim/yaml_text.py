@@ -43,7 +43,7 @@ def _mapping(loader: Any, node: yaml.MappingNode) -> dict[str, Any]:
 
 
 def _check_keys(node: yaml.MappingNode, merges: set[str] | None) -> None:
-    """Refuse keys that are lists or mappings, and, before merges are resolved, keys that stand twice."""
+    """Refuse keys that are lists or mappings, and, before merges are resolved, keys that are given twice."""
     seen: set[str] = set()
     for key, _ in node.value:
         line = key.start_mark.line + 1

@@ -153,7 +153,7 @@ def test_export_refuses_before_it_loads_torch(tmp_path):
 
 def test_a_study_without_its_data_says_how_to_give_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    cure = "; give data.path=... and data.test_path=... here, or mend the configuration\n"
+    cure = "; give data.path=... and data.test_path=... here, or correct the configuration\n"
     study = "sst2-minilm/small-fleet"
     assert main(["sweep", "criterion/sweep", "--seeds", "0", "--out", "out"]) == 2
     told = capsys.readouterr().err

@@ -31,7 +31,7 @@ CONFIG = "config.yaml"
 PARTS = "parts"
 CHECKPOINT = "checkpoint"
 LOCK = ".lock"
-SWEEP_BOOK = "sweep.json"
+SWEEP_LEDGER = "sweep.json"
 """In a folder of runs that a sweep made."""
 
 

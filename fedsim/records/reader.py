@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from fedsim.errors import RunError
 from fedsim.places import user_path
 from fedsim.records.columns import TABLES, schema_of
-from fedsim.records.folder import CONFIG, MANIFEST, PARTS, SWEEP_BOOK, read_manifest
+from fedsim.records.folder import CONFIG, MANIFEST, PARTS, SWEEP_LEDGER, read_manifest
 from fedsim.records.integrity import list_part_digests, read_part_digests, verify
 from fedsim.records.lost import LostUpdates, lost_updates
 from fedsim.records.manifest import FileDigest, Manifest
@@ -257,7 +257,7 @@ def find_runs(paths: Iterable[str | Path], damaged: list[str] | None = None) -> 
     found: dict[Path, Run] = {}
     given = [user_path(path) for path in paths]
     for path in given:
-        if path.name == SWEEP_BOOK and path.is_file():
+        if path.name == SWEEP_LEDGER and path.is_file():
             continue  # "SWEEP/*" names it beside the runs
         if not path.is_dir():
             raise RunError(f"no such run directory: '{path}'")
@@ -281,8 +281,8 @@ def find_runs(paths: Iterable[str | Path], damaged: list[str] | None = None) -> 
 
 
 def is_sweep_folder(path: Path) -> bool:
-    """Whether a folder holds the book of a sweep, and is no run itself."""
-    return (path / SWEEP_BOOK).is_file() and not (path / MANIFEST).exists()
+    """Whether a folder holds the ledger of a sweep, and is no run itself."""
+    return (path / SWEEP_LEDGER).is_file() and not (path / MANIFEST).exists()
 
 
 def _choice_of_cell(sweep: Path) -> str:

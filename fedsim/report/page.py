@@ -92,7 +92,7 @@ def report_html(
 
 def _tops(given: Sequence[Path]) -> list[Path]:
     """The folders that were given, and of each run that was given the folder that it lies in; each once."""
-    below = [path for path in given if not path.is_file()]  # "SWEEP/*" names a sweep's book, too
+    below = [path for path in given if not path.is_file()]  # "SWEEP/*" names a sweep's ledger, too
     return list(dict.fromkeys(path.parent if (path / MANIFEST).is_file() else path for path in below))
 
 

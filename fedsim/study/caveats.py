@@ -11,7 +11,7 @@ ABOVE_CHANCE = 0.05
 SHOWN = 3
 
 
-def doubts(rows: pd.DataFrame, runs: pd.DataFrame, target: float | None, classes: int) -> list[str]:
+def caveats(rows: pd.DataFrame, runs: pd.DataFrame, target: float | None, classes: int) -> list[str]:
     """Sentences without a full stop.
 
     Args:

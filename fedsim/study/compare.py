@@ -36,7 +36,7 @@ from fedsim.methods.catalogue import preferred_baselines
 from fedsim.records.reader import Run
 from fedsim.study.belonging import Group, Repeat, check_together, clock_text, finished_only, group_runs, labels
 from fedsim.study.bootstrap import mean_interval, ratio_interval
-from fedsim.study.caveats import doubts
+from fedsim.study.caveats import caveats
 from fedsim.study.comparison import Comparison
 
 __all__ = ["Comparison", "compare", "final_sparsity", "idle_of_class", "time_to_target"]
@@ -97,7 +97,7 @@ def compare(
         fastest_class=fastest,
         clock=clock_text(done),
         labels=labels(done),
-        warnings=(*notes, *warnings, *more, *doubts(rows, table, target, _classes(done))),
+        warnings=(*notes, *warnings, *more, *caveats(rows, table, target, _classes(done))),
         is_surrogate=done[0].is_surrogate,
         target_is_provisional=target is not None and target_accuracy is None and (bool(notes) or len(done) < len(runs)),
     )

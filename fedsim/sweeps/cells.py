@@ -123,7 +123,7 @@ def parse_grid(items: Sequence[str]) -> dict[str, list[Any]]:
         if not separator or not key:
             raise ConfigError(f"--grid '{item}' is not of the form key=v1,v2, such as train.local_steps=10,20")
         if key in grid:
-            raise ConfigError(f"--grid: key '{key}' stands twice; give all its values at once ({key}=v1,v2)")
+            raise ConfigError(f"--grid: key '{key}' is given twice; give all its values at once ({key}=v1,v2)")
         try:
             grid[key] = list(parse_overrides([f"{key}=[{text}]"])[key] or [])
         except ConfigError as error:
@@ -155,7 +155,7 @@ def parse_seeds(seeds: Any) -> tuple[int, ...]:
         found += range(low, high + 1)
     twice = next((seed for seed, count in Counter(found).items() if count > 1), None)
     if twice is not None:
-        raise ConfigError(f"seeds: {twice} stands twice in {seeds!r}; each seed is allowed once")
+        raise ConfigError(f"seeds: {twice} is given twice in {seeds!r}; each seed is allowed once")
     if not found:
         raise ConfigError("seeds: the list is empty (give at least one, such as 0-4)")
     return tuple(found)
@@ -266,7 +266,7 @@ def _listed(key: str, many: Any) -> list[Any]:
         raise ConfigError(f"grid {key}: the list is empty (at least one value)")
     for place, value in enumerate(values):
         if any(value == other and type(value) is type(other) for other in values[:place]):
-            raise ConfigError(f"grid {key}: value {value!r} stands twice; each value is allowed once")
+            raise ConfigError(f"grid {key}: value {value!r} is given twice; each value is allowed once")
     return values
 
 

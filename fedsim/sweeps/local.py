@@ -10,9 +10,9 @@ from multiprocessing.connection import Pipe
 from typing import Protocol
 
 from fedsim.errors import RunError
-from fedsim.sweeps.book import SweepBook
 from fedsim.sweeps.cell_jobs import Done, Job, Setup
 from fedsim.sweeps.fork_host import READY
+from fedsim.sweeps.ledger import SweepLedger
 
 _CODE = "import sys; sys.path[:] = {path!r}; from fedsim.sweeps.fork_host import main; main({descriptor})"
 # torch takes its number from train.threads; these keep other libraries from starting a thread per core and cell.
@@ -30,7 +30,7 @@ class Pool(Protocol):
             RunError: a module of the user's cannot be imported, or does not bring what cells need.
         """
 
-    def serve(self, book: SweepBook) -> None:
+    def serve(self, ledger: SweepLedger) -> None:
         """The sweep's folder is open: get ready for its cells. Called once, before any cell."""
 
     @property
@@ -122,7 +122,7 @@ class LocalPool:
         """Wait for the host."""
         self._host.check()
 
-    def serve(self, book: SweepBook) -> None:
+    def serve(self, ledger: SweepLedger) -> None:
         """Nothing to do: a job says all that the host needs."""
 
     @property

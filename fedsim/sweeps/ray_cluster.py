@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 from fedsim.errors import FedsimError, RunError
 from fedsim.files import TEMPORARY_SUFFIX, writing
 from fedsim.records.folder import LOCK, MANIFEST
-from fedsim.sweeps.book import SweepBook, read_book
 from fedsim.sweeps.cell_jobs import Done, Job, Setup
+from fedsim.sweeps.ledger import SweepLedger, read_ledger
 from fedsim.sweeps.local import CellHost
 
 LOCAL = "local"
@@ -99,7 +99,7 @@ class CellActor:
 
     def _sees_folder(self) -> bool:
         try:
-            return bool(read_book(self._folder)["id"] == self._identity)
+            return bool(read_ledger(self._folder)["id"] == self._identity)
         except RunError:
             return False
 
@@ -139,10 +139,10 @@ class RayPool:
         finally:
             host.close()
 
-    def serve(self, book: SweepBook) -> None:
-        """Ask for actors that run this book's cells."""
-        self._arguments = (self._setup, str(book.path.resolve()), book.identity, os.getcwd())
-        for _ in range(min(self._cores, len(book.cells))):
+    def serve(self, ledger: SweepLedger) -> None:
+        """Ask for actors that run this ledger's cells."""
+        self._arguments = (self._setup, str(ledger.path.resolve()), ledger.identity, os.getcwd())
+        for _ in range(min(self._cores, len(ledger.cells))):
             self._grow()
 
     @property

@@ -1,4 +1,4 @@
-"""Many runs from one command: a table of cells, processes to run them, a book of how they ended.
+"""Many runs from one command: a table of cells, processes to run them, a ledger of how they ended.
 
 A cell is a run like any other, in a run directory named after its configuration: whatever ran it, wherever and beside
 whatever else, its records are the same to the bit. With one seed, all methods see the same split, fleet, draws of the
@@ -18,11 +18,11 @@ from fedsim.places import user_path
 from fedsim.records.reader import Run, load
 from fedsim.runner.config import value_text
 from fedsim.runner.names import own_names
-from fedsim.sweeps.book import FAILED, FINISHED, SweepBook, anything_due, error_text, open_book, read_book
 from fedsim.sweeps.cell_jobs import Job, Setup
 from fedsim.sweeps.cells import Grid, SweepPlan, plan_sweep
 from fedsim.sweeps.checks import check_cells
 from fedsim.sweeps.fork_host import being_imported, import_user_modules
+from fedsim.sweeps.ledger import FAILED, FINISHED, SweepLedger, anything_due, error_text, open_ledger, read_ledger
 from fedsim.sweeps.local import LocalPool, Pool, usable_cores
 from fedsim.sweeps.news import SweepNews
 
@@ -124,19 +124,19 @@ def sweep(
             pool = RayPool(setup, ray, threads)  # joined before anything is written: the address may be wrong
         if pool is not None and own:
             pool.check()
-        book = open_book(path, plan)
+        ledger = open_ledger(path, plan)
         try:
             if not quiet:
-                print(table_text(plan, book), flush=True)
+                print(table_text(plan, ledger), flush=True)
             if pool is not None:
-                pool.serve(book)
-                _play(plan, book, pool, rerun_failed, quiet)
+                pool.serve(ledger)
+                _play(plan, ledger, pool, rerun_failed, quiet)
         finally:
-            book.close()
+            ledger.close()
     finally:
         if pool is not None:
             pool.close()
-    return Sweep(path, tuple(book.cells))
+    return Sweep(path, tuple(ledger.cells))
 
 
 def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
@@ -149,7 +149,7 @@ def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
     """
     path = user_path(path)
     runs = []
-    for cell in read_book(path)["cells"]:
+    for cell in read_ledger(path)["cells"]:
         try:
             run = load(path / cell["directory"])
         except RunError:
@@ -161,7 +161,7 @@ def load_sweep(path: str | Path, unfinished: bool = False) -> list[Run]:
     return runs
 
 
-def table_text(plan: SweepPlan, book: SweepBook) -> str:
+def table_text(plan: SweepPlan, ledger: SweepLedger) -> str:
     """The cells before they run: index, what tells them apart, seed, directory and state."""
     heads = ["cell", *plan.keys, "seed", "directory", "state"]
     rows = [
@@ -172,39 +172,39 @@ def table_text(plan: SweepPlan, book: SweepBook) -> str:
             str(cell["directory"]),
             str(cell["state"]),
         ]
-        for cell in book.cells[:_ROWS_SHOWN]
+        for cell in ledger.cells[:_ROWS_SHOWN]
     ]
     widths = [max(len(row[place]) for row in [heads, *rows]) for place in range(len(heads))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [heads, *rows]]
-    if len(book.cells) > _ROWS_SHOWN:
-        lines.append(f"and {len(book.cells) - _ROWS_SHOWN} more (all are in {book.path / 'sweep.json'})")
-    told = ", ".join(f"{count} {state}" for state, count in book.count().items())
+    if len(ledger.cells) > _ROWS_SHOWN:
+        lines.append(f"and {len(ledger.cells) - _ROWS_SHOWN} more (all are in {ledger.path / 'sweep.json'})")
+    told = ", ".join(f"{count} {state}" for state, count in ledger.count().items())
     lines += [f"note: {note}" for note in plan.notes]
-    return "\n".join([*(line.rstrip() for line in lines), f"{len(book.cells)} cells ({told}) in {book.path}"])
+    return "\n".join([*(line.rstrip() for line in lines), f"{len(ledger.cells)} cells ({told}) in {ledger.path}"])
 
 
-def _play(plan: SweepPlan, book: SweepBook, pool: Pool, rerun_failed: bool, quiet: bool) -> None:
-    """Run what is due; the book follows.
+def _play(plan: SweepPlan, ledger: SweepLedger, pool: Pool, rerun_failed: bool, quiet: bool) -> None:
+    """Run what is due; the ledger follows.
 
     Seed by seed, not method by method: a sweep that is stopped holds whole comparisons of its first seeds.
     """
     seeds = {seed: place for place, seed in enumerate(dict.fromkeys(cell.config.seed for cell in plan.cells))}
-    waiting = sorted(book.due(rerun_failed), key=lambda index: (seeds[plan.cells[index].config.seed], index))
-    news = SweepNews(plan, book.path, len(waiting), quiet)
+    waiting = sorted(ledger.due(rerun_failed), key=lambda index: (seeds[plan.cells[index].config.seed], index))
+    news = SweepNews(plan, ledger.path, len(waiting), quiet)
     waiting.reverse()
     try:
         while waiting or news.running:
             while waiting and pool.idle > 0:
                 index = waiting.pop()
-                book.begin(index)
+                ledger.begin(index)
                 cell = plan.cells[index]
-                path = (book.path / cell.directory).resolve()
+                path = (ledger.path / cell.directory).resolve()
                 pool.start(Job(index, cell.config.model_dump(mode="json"), str(path)))
                 news.began(index)
             for done in pool.wait(news.patience_s):
-                book.end(done)
-                news.ended(done, error_text(book.path, book.cells[done.index]))
+                ledger.end(done)
+                news.ended(done, error_text(ledger.path, ledger.cells[done.index]))
             news.still_running()
     except BaseException:
-        book.interrupt()
+        ledger.interrupt()
         raise

@@ -98,7 +98,7 @@ def test_without_fcntl_a_run_folder_opens(tmp_path):
         "import sys; sys.modules['fcntl'] = None\n"
         "from fedsim.records.folder import RunDirectory\n"
         f"RunDirectory.create({str(tmp_path / 'r')!r}, force=False).close()\n"
-        "import fedsim.sweeps.book\n"
+        "import fedsim.sweeps.ledger\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,9 +22,9 @@ from fedsim.data.partition import partition
 from fedsim.errors import ConfigError, RunError
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
 from fedsim.records.reader import find_runs
-from fedsim.sweeps.book import open_book, read_book
 from fedsim.sweeps.cell_jobs import Done
 from fedsim.sweeps.cells import plan_sweep
+from fedsim.sweeps.ledger import open_ledger, read_ledger
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {
@@ -180,10 +180,10 @@ def test_foreign_files_a_damaged_book_and_a_second_sweep_at_work_are_refused(tmp
     with pytest.raises(RunError, match="is a file"):
         start(tmp_path / "notes.txt")
     held = tmp_path / "held"
-    book = open_book(held, plan_sweep(SMALL, grid=METHODS))
+    ledger = open_ledger(held, plan_sweep(SMALL, grid=METHODS))
     with pytest.raises(RunError, match="another sweep is at work"):
         start(held)
-    book.close()
+    ledger.close()
     (held / "sweep.json").write_text("{")
     with pytest.raises(RunError, match=r"sweep\.json' is damaged"):
         start(held)
@@ -219,16 +219,16 @@ def test_a_cell_that_fails_takes_nothing_else_along(tmp_path, monkeypatch, capsy
     printed = capsys.readouterr()
     told = printed.out.splitlines()
     assert states(out) == ["finished", "failed", "failed", "failed", "failed", "finished"]
-    errors = {cell["method"]: cell["error"] for cell in read_book(out)["cells"]}
+    errors = {cell["method"]: cell["error"] for cell in read_ledger(out)["cells"]}
     assert errors["made_to_crash"] == "ZeroDivisionError: an error that nobody foresaw"
     assert errors["made_to_be_killed"].startswith("its process was killed by SIGKILL")
     assert "the disk is full" in errors["made_to_fill_the_disk"]
     assert errors["made_to_leave"] == "its process ended with exit code 7 before the run did"
-    assert "sweep_plugin.py" in read_book(out)["cells"][1]["traceback"]
+    assert "sweep_plugin.py" in read_ledger(out)["cells"][1]["traceback"]
     assert sum(line.startswith("failed: cell ") for line in told) == 4
     # Only what nobody foresaw has a traceback to read; both places name it.
     (trace,) = out.glob("*/error.txt")
-    assert trace.parent.name == read_book(out)["cells"][1]["directory"]
+    assert trace.parent.name == read_ledger(out)["cells"][1]["directory"]
     assert "sweep_plugin.py" in trace.read_text()
     assert "ZeroDivisionError: an error that nobody foresaw" in trace.read_text()
     said = f"ZeroDivisionError: an error that nobody foresaw (traceback: {trace})"
@@ -241,7 +241,7 @@ def test_a_cell_that_fails_takes_nothing_else_along(tmp_path, monkeypatch, capsy
     assert main([*command, "--rerun-failed"]) == 0
     assert states(out) == ["finished"] * 6
     assert not list(out.glob("*/error.txt"))
-    assert all("traceback" not in cell and cell["error"] is None for cell in read_book(out)["cells"])
+    assert all("traceback" not in cell and cell["error"] is None for cell in read_ledger(out)["cells"])
     # They went on from their checkpoints, and ended as if nothing had happened.
     runs = {run.method: run for run in fedsim.load_sweep(out)}
     reference = runs["made_to_leave"].rounds.drop(columns="host_s")
@@ -324,14 +324,14 @@ def test_a_book_that_was_removed_is_made_again_from_the_runs(whole, tmp_path):
 def test_a_cell_that_fails_before_its_run_begins_leaves_its_traceback_and_can_run_again(tmp_path, monkeypatch, capsys):
     """Its directory holds nothing but the traceback then, which must not keep the run from beginning."""
     plan = plan_sweep(SMALL, grid=METHODS)
-    book = open_book(tmp_path / "out", plan)
-    book.begin(0)
-    book.end(Done(0, "ValueError: no", trace="Traceback: no"))
-    book.close()
-    trace = book.path / plan.cells[0].directory / "error.txt"
+    ledger = open_ledger(tmp_path / "out", plan)
+    ledger.begin(0)
+    ledger.end(Done(0, "ValueError: no", trace="Traceback: no"))
+    ledger.close()
+    trace = ledger.path / plan.cells[0].directory / "error.txt"
     assert trace.read_text() == "Traceback: no"
-    assert fedsim.load_sweep(book.path) == []
-    again = fedsim.sweep(SMALL, grid=METHODS, out=book.path, rerun_failed=True, workers=1, quiet=True)
+    assert fedsim.load_sweep(ledger.path) == []
+    again = fedsim.sweep(SMALL, grid=METHODS, out=ledger.path, rerun_failed=True, workers=1, quiet=True)
     assert not again.failed, again.summary()
     assert not trace.exists()
 
@@ -339,7 +339,7 @@ def test_a_cell_that_fails_before_its_run_begins_leaves_its_traceback_and_can_ru
 def test_a_finished_cell_that_was_damaged_says_its_cure_and_one_that_is_gone_is_missing(whole, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(whole.path, copy)
-    seeds = f"0-{max(cell['seed'] for cell in read_book(copy)['cells'])}"
+    seeds = f"0-{max(cell['seed'] for cell in read_ledger(copy)['cells'])}"
     gone = fedsim.load_sweep(copy)[0].path
     (gone / "rounds.parquet").write_bytes(b"PAR1")
     assert main(["compare", str(copy)]) == 0  # one damaged run does not stop the others
@@ -348,7 +348,7 @@ def test_a_finished_cell_that_was_damaged_says_its_cure_and_one_that_is_gone_is_
     assert "rounds.parquet' is damaged (it has 4 bytes where" in told
     assert "delete the folder and run it again; for a sweep's cell the same sweep command runs it again" in told
     shutil.rmtree(gone)  # the cure
-    left = [cell["directory"] for cell in read_book(copy)["cells"] if cell["directory"] != gone.name]
+    left = [cell["directory"] for cell in read_ledger(copy)["cells"] if cell["directory"] != gone.name]
     assert [run.path.name for run in fedsim.load_sweep(copy)] == left
     assert main(["compare", str(copy)]) == 0
     words = f"lacks 1 of {len(left) + 1} cells: method=fedspine, seed=0 (its directory is gone: '{gone}')"
@@ -359,19 +359,19 @@ def test_a_finished_cell_that_was_damaged_says_its_cure_and_one_that_is_gone_is_
 
 def test_a_sweep_of_which_no_cell_ever_began_gives_way_to_another(tmp_path):
     out = tmp_path / "out"
-    open_book(out, plan_sweep(SMALL, grid=METHODS)).close()
+    open_ledger(out, plan_sweep(SMALL, grid=METHODS)).close()
     other = plan_sweep(SMALL, grid={"method": ["hetlora"]})
-    open_book(out, other).close()
-    assert [cell["method"] for cell in read_book(out)["cells"]] == ["hetlora"]
+    open_ledger(out, other).close()
+    assert [cell["method"] for cell in read_ledger(out)["cells"]] == ["hetlora"]
     (out / other.cells[0].directory).mkdir()  # now one has begun
     with pytest.raises(RunError, match="holds another sweep: 1 of its 1 cells"):
-        open_book(out, plan_sweep(SMALL, grid=METHODS))
+        open_ledger(out, plan_sweep(SMALL, grid=METHODS))
 
 
 def test_a_full_disk_under_the_book_does_not_stop_the_cells(tmp_path, monkeypatch, capsys):
-    from fedsim.sweeps import book
+    from fedsim.sweeps import ledger
 
-    real, calls = book.atomic_write_json, []
+    real, calls = ledger.atomic_write_json, []
 
     def full(path, value):
         calls.append(path)
@@ -379,7 +379,7 @@ def test_a_full_disk_under_the_book_does_not_stop_the_cells(tmp_path, monkeypatc
             raise RunError(f"cannot write '{path}': the disk is full")
         real(path, value)
 
-    monkeypatch.setattr(book, "atomic_write_json", full)
+    monkeypatch.setattr(ledger, "atomic_write_json", full)
     result = fedsim.sweep(SMALL, grid=METHODS, out=tmp_path / "out", workers=1)
     assert [cell["state"] for cell in result.cells] == ["finished"] * 2
     assert states(tmp_path / "out") == ["finished"] * 2

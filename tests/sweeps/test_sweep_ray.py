@@ -17,9 +17,9 @@ from fedsim.cli import main
 from fedsim.errors import RunError
 from fedsim.methods.catalogue import METHODS as METHOD_REGISTRY
 from fedsim.sweeps import ray_cluster
-from fedsim.sweeps.book import open_book, read_book
 from fedsim.sweeps.cell_jobs import Job, Setup
 from fedsim.sweeps.cells import plan_sweep
+from fedsim.sweeps.ledger import open_ledger, read_ledger
 
 PLUGIN = str(Path(__file__).with_name("sweep_plugin.py"))
 SMALL = {
@@ -79,7 +79,7 @@ def test_two_nodes_give_the_records_of_one_computer(two_nodes, tmp_path, capsys)
     assert main([*command, "--out", str(tmp_path / "local"), "--workers", "2"]) == 1
     assert main([*command, "--out", str(tmp_path / "ray"), "--ray", two_nodes]) == 1
     assert_same_runs(fedsim.load_sweep(tmp_path / "ray"), fedsim.load_sweep(tmp_path / "local"))
-    here, there = (read_book(tmp_path / name)["cells"] for name in ("local", "ray"))
+    here, there = (read_ledger(tmp_path / name)["cells"] for name in ("local", "ray"))
     assert [cell["state"] for cell in there] == [cell["state"] for cell in here]
     assert [cell["error"] for cell in there] == [cell["error"] for cell in here]
     traces = [sorted(path.parent.name for path in (tmp_path / name).glob("*/error.txt")) for name in ("local", "ray")]
@@ -94,14 +94,14 @@ def test_two_nodes_give_the_records_of_one_computer(two_nodes, tmp_path, capsys)
 
 def test_a_node_that_does_not_see_the_folder_sends_the_run_back(tmp_path, monkeypatch):
     plan = plan_sweep(SMALL, grid={"method": ["fedlora"]})
-    book = open_book(tmp_path / "out", plan)
+    ledger = open_ledger(tmp_path / "out", plan)
     cell = plan.cells[0]
-    path = book.path / cell.directory
+    path = ledger.path / cell.directory
     job = Job(0, cell.config.model_dump(mode="json"), str(path))
     setup = Setup(trains=False, imports=(), sys_path=tuple(sys.path))
     monkeypatch.chdir(tmp_path)
-    far = ray_cluster.CellActor(setup, str(tmp_path / "another"), book.identity, str(tmp_path))
-    near = ray_cluster.CellActor(setup, str(book.path), book.identity, str(tmp_path))
+    far = ray_cluster.CellActor(setup, str(tmp_path / "another"), ledger.identity, str(tmp_path))
+    near = ray_cluster.CellActor(setup, str(ledger.path), ledger.identity, str(tmp_path))
     try:
         done, packed = far.run(job, None)
         assert done.error is None
@@ -122,7 +122,7 @@ def test_a_node_that_does_not_see_the_folder_sends_the_run_back(tmp_path, monkey
     finally:
         far._drop_host()
         near._drop_host()
-        book.close()
+        ledger.close()
 
 
 def start_on(address, tmp_path):

@@ -1,4 +1,4 @@
-"""The book of a sweep: ``sweep.json`` in its folder says what each cell is and how far it came.
+"""The ledger of a sweep: ``sweep.json`` in its folder says what each cell is and how far it came.
 
 It is replaced whole at each change of state, so that a sweep stopped in whatever way leaves a readable one. Where it
 and a run directory disagree, the run directory is right: a finished run is finished.
@@ -17,21 +17,21 @@ from typing import Any
 from fedsim.errors import RunError
 from fedsim.files import TEMPORARY_SUFFIX, atomic_write_json, atomic_write_text, parse_json, writing
 from fedsim.locks import acquire, release
-from fedsim.records.folder import LOCK, MANIFEST, SWEEP_BOOK, read_manifest
+from fedsim.records.folder import LOCK, MANIFEST, SWEEP_LEDGER, read_manifest
 from fedsim.runner.identity import check_same, identity
 from fedsim.settings import Config
 from fedsim.sweeps.cell_jobs import Done
 from fedsim.sweeps.cells import SweepPlan
 
-BOOK = SWEEP_BOOK
+LEDGER = SWEEP_LEDGER
 ERROR = "error.txt"
 """In a cell's directory: the traceback of an error that nobody foresaw, until the cell starts again."""
 PENDING, RUNNING, FINISHED, FAILED, INTERRUPTED = "pending", "running", "finished", "failed", "interrupted"
 STATES = (PENDING, RUNNING, FINISHED, FAILED, INTERRUPTED)
 
 
-class SweepBook:
-    """The book, held for writing by one process at a time; made by `open_book`.
+class SweepLedger:
+    """The ledger, held for writing by one process at a time; made by `open_ledger`.
 
     Attributes:
         path: the sweep's folder.
@@ -71,7 +71,7 @@ class SweepBook:
         if done.trace:
             cell["traceback"] = done.trace
             # Here and not in the cell's process: a node of a cluster may have sent back no directory at all.
-            with suppress(OSError, RunError):  # a full disk: the book's own warning says so
+            with suppress(OSError, RunError):  # a full disk: the ledger's own warning says so
                 self._error_file(done.index).parent.mkdir(exist_ok=True)
                 atomic_write_text(self._error_file(done.index), done.trace)
         self.write()
@@ -87,7 +87,7 @@ class SweepBook:
         """Replace the file. A disk without space must not stop cells that need none: said once, tried again later."""
         try:
             atomic_write_json(
-                self.path / BOOK,
+                self.path / LEDGER,
                 {"sweep": self._name, "id": self.identity, "counts": self.count(), "cells": self.cells},
             )
             self._unwritten = False
@@ -106,7 +106,7 @@ class SweepBook:
             self._lock = None
 
 
-def open_book(path: Path, plan: SweepPlan) -> SweepBook:
+def open_ledger(path: Path, plan: SweepPlan) -> SweepLedger:
     """Make or re-open the folder of a sweep, and lock it.
 
     Cells that an earlier sweep in the folder has and `plan` has not are refused: that is another sweep. The other way
@@ -117,14 +117,14 @@ def open_book(path: Path, plan: SweepPlan) -> SweepBook:
     """
     if path.exists() and not path.is_dir():
         raise RunError(f"sweep folder '{path}' is a file; give another folder (--out)")
-    if not (path / BOOK).exists():
+    if not (path / LEDGER).exists():
         _refuse_foreign(path)
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
     lock = _acquire(path)
     try:
         fresh: dict[str, Any] = {"cells": [], "id": uuid.uuid4().hex}
-        old = read_book(path) if (path / BOOK).exists() else fresh
+        old = read_ledger(path) if (path / LEDGER).exists() else fresh
         known = {str(cell["config_hash"]): cell for cell in old["cells"]}
         asked = {cell.config_hash for cell in plan.cells}
         lost = [cell for digest, cell in known.items() if digest not in asked]
@@ -149,10 +149,10 @@ def open_book(path: Path, plan: SweepPlan) -> SweepBook:
             if record["state"] != PENDING:
                 _check_same_inputs(path / cell.directory, cell.config)
             cells.append(record)
-        book = SweepBook(path, lock, plan.name, str(old["id"]), cells)
-        with writing(path / BOOK):  # here, unlike later, a folder that cannot be written ends it
-            atomic_write_json(path / BOOK, {"sweep": plan.name, "id": book.identity, "counts": {}, "cells": cells})
-        return book
+        ledger = SweepLedger(path, lock, plan.name, str(old["id"]), cells)
+        with writing(path / LEDGER):  # here, unlike later, a folder that cannot be written ends it
+            atomic_write_json(path / LEDGER, {"sweep": plan.name, "id": ledger.identity, "counts": {}, "cells": cells})
+        return ledger
     except BaseException:
         release(lock)
         raise
@@ -160,9 +160,9 @@ def open_book(path: Path, plan: SweepPlan) -> SweepBook:
 
 def anything_due(path: Path, plan: SweepPlan, rerun_failed: bool) -> bool:
     """Whether a cell of `plan` remains to be run in this folder; nothing is made or locked."""
-    if not (path / BOOK).exists():
+    if not (path / LEDGER).exists():
         return True
-    states = {str(cell["config_hash"]): str(cell["state"]) for cell in read_book(path)["cells"]}
+    states = {str(cell["config_hash"]): str(cell["state"]) for cell in read_ledger(path)["cells"]}
     settled = (FINISHED,) if rerun_failed else (FINISHED, FAILED)
     return any(
         _state(path / cell.directory, cell.config_hash, states.get(cell.config_hash, PENDING)) not in settled
@@ -170,29 +170,29 @@ def anything_due(path: Path, plan: SweepPlan, rerun_failed: bool) -> bool:
     )
 
 
-def read_book(path: Path) -> dict[str, Any]:
+def read_ledger(path: Path) -> dict[str, Any]:
     """``sweep.json`` of a sweep's folder.
 
     Raises:
         RunError: there is none, or it is damaged.
     """
-    file = path / BOOK
+    file = path / LEDGER
     try:
-        book = parse_json(file.read_text(encoding="utf-8"))
+        ledger = parse_json(file.read_text(encoding="utf-8"))
         if not all(
-            isinstance(cell[key], str) for cell in book["cells"] for key in ("config_hash", "directory", "state")
+            isinstance(cell[key], str) for cell in ledger["cells"] for key in ("config_hash", "directory", "state")
         ):
             raise ValueError
-        str(book["id"])
+        str(ledger["id"])
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"'{path}' is not the folder of a sweep: it has no {BOOK}") from None
+        raise RunError(f"'{path}' is not the folder of a sweep: it has no {LEDGER}") from None
     except OSError as error:
         raise RunError(f"cannot read '{file}': {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError):
         raise RunError(
             f"'{file}' is damaged: remove it, and the same command makes it again from the runs beside it"
         ) from None
-    return dict(book)
+    return dict(ledger)
 
 
 def error_text(folder: Path, cell: Mapping[str, Any]) -> str:
@@ -232,7 +232,7 @@ def _check_same_inputs(directory: Path, config: Config) -> None:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """A folder without a book may hold runs of a sweep whose book was removed, and nothing else."""
+    """A folder without a ledger may hold runs of a sweep whose ledger was removed, and nothing else."""
     if not path.is_dir():
         return
     foreign = sorted(
@@ -242,7 +242,7 @@ def _refuse_foreign(path: Path) -> None:
     )
     if foreign or (path / MANIFEST).exists():
         raise RunError(
-            f"'{path}' is not empty and holds no {BOOK} (first entry: '{foreign[0]}'): give another folder (--out)"
+            f"'{path}' is not empty and holds no {LEDGER} (first entry: '{foreign[0]}'): give another folder (--out)"
         )
 
 
