@@ -24,6 +24,7 @@ from fedsim.contracts.common import FloatArray, IntArray, Outcome, State
 from fedsim.contracts.control import Policy, Work
 from fedsim.contracts.flights import Arrivals, Flights, Learned
 from fedsim.contracts.learning import Cohorts, Learner, LocalRequests, LocalResults
+from fedsim.contracts.program import LocalProgram
 from fedsim.control.reward import RewardModel
 from fedsim.federation.broadcast import Broadcast, broadcast_of
 from fedsim.federation.dispatch import context_of, taken_arms
@@ -53,8 +54,8 @@ class Federation:
         context = context_of(parts, standing, version, clients)
         ratio, rank = taken_arms(parts, standing, context)
         flight = standing.sent_off(clients, ratio, context.schedule_ratio)
-        ask = self.round_ask(version, clients)
         program = parts.method.local_program(version, parts.config)
+        ask = self._priced(program, clients)
         tickets = parts.learner.submit(
             LocalRequests(
                 clients=clients,
@@ -122,9 +123,7 @@ class Federation:
 
     def round_ask(self, version: int, clients: IntArray) -> FlightAsk:
         """What arms demand of these clients in the dispatch that comes next: as their jobs will be priced."""
-        parts = self._parts
-        ask = parts.ask_of(parts.method.local_program(version, parts.config))
-        return FlightAsk(ask, self._broadcast, clients)
+        return self._priced(self._parts.method.local_program(version, self._parts.config), clients)
 
     def final_sparsity(self) -> FinalSparsity:
         """Achieved pruning ratios over all clients, as they stand."""
@@ -162,6 +161,10 @@ class Federation:
             ("reward", parts.reward),
             ("broadcast", self._broadcast),
         )
+
+    def _priced(self, program: LocalProgram, clients: IntArray) -> FlightAsk:
+        """What arms demand of these clients when they play a program."""
+        return FlightAsk(self._parts.ask_of(program), self._broadcast, clients)
 
     def _follow_ranks(self, results: LocalResults, asked: IntArray) -> None:
         """Note what was merged, and who came back with fewer components than asked."""

@@ -11,43 +11,10 @@ in FedBuff, and two clients that left together both count. Where nothing was mer
 
 from __future__ import annotations
 
-from fedsim.contracts.common import IntArray
 from fedsim.settings import ServerSettings
-from fedsim.sim.protocol import ServerView, flights_at_once, idle_clients
+from fedsim.sim.semi_async import SemiAsync
 
 
-class Asynchronous:
-    """Implements `fedsim.sim.protocol.ServerProtocol`.
-
-    Args:
-        seed: the run's root seed, for who is sent off.
-    """
-
-    held = False
-
-    def __init__(self, settings: ServerSettings, clients: int, seed: int) -> None:
-        self._seed, self._rule, self._deadline_s = seed, settings.selection, settings.deadline_s
-        self._concurrency = flights_at_once(settings, clients)
-
-    def start(self, view: ServerView) -> IntArray:
-        """Somebody idle for each client that has come back."""
-        return idle_clients(view, self._concurrency - view.flying, self._seed, self._rule)
-
-    def patience(self, view: ServerView) -> int:
-        """Every arrival."""
-        return 1
-
-    def timer_s(self, view: ServerView) -> float | None:
-        """When the flight that left first is over its time."""
-        left_s = view.first_left_s
-        return None if self._deadline_s is None or left_s is None else left_s + self._deadline_s
-
-    def due(self, view: ServerView) -> int | None:
-        """One update; none when a flight is over its time or nobody is at work, so that lost flights are settled."""
-        if view.waiting:
-            return 1
-        return 0 if view.timer_over or (view.stopped and not view.flying) else None
-
-    def abandon(self, view: ServerView) -> IntArray:
-        """Those who are over their time."""
-        return view.at_work_for(self._deadline_s)
+def asynchronous(settings: ServerSettings, clients: int, seed: int) -> SemiAsync:
+    """The protocol: a buffer of one update."""
+    return SemiAsync(settings, clients, seed, buffer=1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedsim.registry import Catalogue, checked_function
 from fedsim.settings import ServerSettings
-from fedsim.sim.asynchronous import Asynchronous
+from fedsim.sim.asynchronous import asynchronous
 from fedsim.sim.protocol import ServerProtocol
 from fedsim.sim.semi_async import SemiAsync
 from fedsim.sim.sync import Sync
@@ -26,7 +26,7 @@ class ProtocolEntry:
 
 PROTOCOLS: Catalogue[ProtocolEntry] = Catalogue(
     "server.mode",
-    (ProtocolEntry("sync", Sync), ProtocolEntry("semi_async", SemiAsync), ProtocolEntry("async", Asynchronous)),
+    (ProtocolEntry("sync", Sync), ProtocolEntry("semi_async", SemiAsync), ProtocolEntry("async", asynchronous)),
 )
 """Protocols by the name that ``server.mode`` takes."""
 

@@ -22,13 +22,15 @@ class SemiAsync:
 
     Args:
         seed: the run's root seed, for who is sent off.
+        buffer: updates that make a merge; None: ``server.buffer``.
     """
 
     held = False
 
-    def __init__(self, settings: ServerSettings, clients: int, seed: int) -> None:
+    def __init__(self, settings: ServerSettings, clients: int, seed: int, buffer: int | None = None) -> None:
         self._seed, self._rule, self._deadline_s = seed, settings.selection, settings.deadline_s
-        self._concurrency, self._buffer = flights_at_once(settings, clients), buffer_size(settings, clients)
+        self._concurrency = flights_at_once(settings, clients)
+        self._buffer = buffer_size(settings, clients) if buffer is None else buffer
 
     def start(self, view: ServerView) -> IntArray:
         """Somebody idle for each client that has come back."""
